@@ -1,0 +1,1 @@
+"""Teacher and student networks: the built-in ones, and references to any other."""

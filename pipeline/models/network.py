@@ -1,0 +1,96 @@
+"""What every network is to the rest of the project: logits on its own grid, where that grid lies, what it is fed.
+
+Shapes: images N,3,H,W; logits N,C,h,w.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from segkd.storage.geometry import Axis, Convention, Mapping, network_axis
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The native grid that a network declares."""
+
+    stride: int
+    """Input pixels a cell; an axis of n pixels has ceil(n / stride) cells."""
+    convention: Convention = "span"
+    """Where the cells lie, see :func:`segkd.storage.geometry.network_axis`."""
+
+    def cells(self, pixels: int) -> int:
+        """Cells along an axis of ``pixels`` input pixels."""
+        return -(-pixels // self.stride)
+
+    def axis(self, pixels: int) -> Axis:
+        """The grid's axis in the pixels of the network's input."""
+        return network_axis(pixels, self.cells(pixels), convention=self.convention, stride=self.stride)
+
+    def mapping(self, height: int, width: int) -> Mapping:
+        """The grid in an input of ``height`` x ``width`` pixels."""
+        return Mapping(self.axis(height), self.axis(width))
+
+
+@runtime_checkable
+class SegmentationNetwork(Protocol):
+    """A built-in network is an ``nn.Module`` with this in addition."""
+
+    grid: Grid
+    num_classes: int
+
+    def __call__(self, images_N3HW: Tensor) -> Tensor:
+        """Logits N,C,h,w on the native grid."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What a network's input is made of an RGB uint8 image by: resize, channel order, range, normalise, pad."""
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted, in the network's own channel order and range."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Divided by, in the network's own channel order and range."""
+    range: Literal["0-1", "0-255"] = "0-1"
+    """The range of pixel values before ``mean`` and ``std``."""
+    channels: Literal["RGB", "BGR"] = "RGB"
+    """The order that the network was trained with."""
+    resize: tuple[int, int] | None = None
+    """Height and width that every image is brought to; none keeps its size."""
+    multiple_of: int = 1
+    """Right and lower padding brings both sides to a multiple of this; padded cells are not kept."""
+    pad: Literal["mean", "edge"] = "mean"
+    """What padding holds: the mean (0 after normalising) or the border pixel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Any network, teacher or student, as a run file describes it."""
+
+    reference: str
+    """A built-in name, ``module:callable``, ``file.py:callable``, ``net.pt2``, ``scripted.pt`` or a checkpoint's path."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the constructor, such as ``width = 0.25``."""
+    init: str | None = None
+    """Weights to start from (``.pth``, ``.safetensors``): the backbone's keys or a whole network's."""
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    """What it is fed."""
+    stride: int | None = None
+    """Native stride of a network that does not declare its grid."""
+    align_corners: bool = False
+    """Whether the logits of such a network are meant to be brought to pixels with ``align_corners=True``."""
+    output: str | int | None = None
+    """Key, attribute or position of the logits where the network returns a dict, an object or a tuple."""
+    produces: Literal["logits", "probabilities"] = "logits"
+    """What comes out."""
+    classes: tuple[str, ...] | None = None
+    """Its classes in channel order; none: those of the data."""
+    class_map: dict[str, str] = field(default_factory=dict)
+    """Its classes -> classes of the data, many to one; a class of the same name needs no entry. "ignore" drops one."""
