@@ -16,7 +16,7 @@ Weights = npt.NDArray[np.float64]
 
 
 def apply_weights(values_NChw: Tensor, y: Weights, x: Weights) -> Tensor:
-    """``y (t, h)`` and ``x (u, w)``, or one of each a sample ``(N, t, h)``, ``(N, u, w)``, applied to N,C,h,w -> N,C,t,u.
+    """N,C,h,w -> N,C,t,u by ``y (t, h)`` and ``x (u, w)``, or by one of each a sample, ``(N, t, h)`` and ``(N, u, w)``.
 
     Always in float32: half precision would move the values by more than a cache's coding does.
     """

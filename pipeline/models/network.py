@@ -75,7 +75,7 @@ class NetworkConfig:
     """Any network, teacher or student, as a run file describes it."""
 
     reference: str
-    """A built-in name, ``module:callable``, ``file.py:callable``, ``net.pt2``, ``scripted.pt`` or a checkpoint's path."""
+    """A built-in name, ``module:callable``, ``file.py:callable``, ``net.pt2``, ``scripted.pt`` or a checkpoint."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the constructor, such as ``width = 0.25``."""
     init: str | None = None
