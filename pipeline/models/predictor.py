@@ -1,0 +1,129 @@
+"""A network as a function from images to log-probabilities over the data's classes, on the network's own grid.
+
+Teacher and student go through this one path: stage 1, validation, evaluation and prediction all see the same numbers.
+
+Shapes: images H,W,3 uint8; log-probabilities N,C,h,w float32, C the data's classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from segkd.pipeline.models.network import Grid, NetworkConfig
+from segkd.pipeline.models.preprocessing import placement, prepare
+from segkd.storage.errors import NetworkError, NonFiniteError
+from segkd.storage.geometry import Mapping
+
+Precision = Literal["off", "bf16", "fp16"]
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+IGNORED_CLASS = "ignore"
+
+
+def class_groups(config: NetworkConfig, classes: Sequence[str]) -> list[list[int]] | None:
+    """For each class of the data the network's channels that mean it; None where the channels are those classes.
+
+    Raises NetworkError where a channel means nothing, or a class has no channel.
+    """
+    names = tuple(config.classes or classes)
+    unknown = sorted(set(config.class_map) - set(names))
+    if unknown:
+        raise NetworkError(f"class_map names {unknown[0]!r}, which the network does not have; its classes: {names}")
+    groups: dict[str, list[int]] = {name: [] for name in classes}
+    for channel, name in enumerate(names):
+        meaning = config.class_map.get(name, name)
+        if meaning == IGNORED_CLASS and meaning not in groups:
+            continue
+        if meaning not in groups:
+            raise NetworkError(
+                f"the network's class {name!r} means {meaning!r}, which is not a class of the data; "
+                f'add {name!r} to its class_map, as one of {tuple(classes)} or "ignore"'
+            )
+        groups[meaning].append(channel)
+    lost = [name for name, channels in groups.items() if not channels]
+    if lost:
+        raise NetworkError(f"no class of the network means {lost[0]!r}; add one to its class_map, or leave it out")
+    ordered = list(groups.values())
+    return None if ordered == [[channel] for channel in range(len(names))] else ordered
+
+
+class Predictor:
+    """A loaded network, what it is fed and how its classes are read."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: NetworkConfig,
+        classes: Sequence[str],
+        *,
+        device: torch.device | str = "cpu",
+        precision: Precision = "off",
+    ) -> None:
+        self.config = config
+        self.classes = tuple(classes)
+        self.device = torch.device(device)
+        self.precision = precision
+        self.network = network.to(self.device).eval()
+        self.grid: Grid = network.grid  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
+        self._groups = class_groups(config, classes)
+
+    def mapping(self, height: int, width: int) -> tuple[Mapping, tuple[range, range]]:
+        """Where the kept cells of an image of ``height`` x ``width`` pixels lie in it, and which of the network's
+        rows and columns they are: those whose centres lie inside the image, not in its padding."""
+        size, y, x = placement(height, width, self.config.preprocessing)
+        whole = self.grid.mapping(*size).through(y, x)
+        rows, columns = whole.y.inside_image(height), whole.x.inside_image(width)
+        return whole.part(rows, columns), (rows, columns)
+
+    @torch.inference_mode()
+    def predict(self, images: Sequence[npt.NDArray[np.uint8]], names: Sequence[str] = ()) -> tuple[Tensor, Mapping]:
+        """Log-probabilities of images of one size, and where their cells lie in each image.
+
+        Raises NonFiniteError, naming the image, for a NaN or +inf; -inf is legal.
+        """
+        prepared = torch.stack([prepare(image, self.config.preprocessing) for image in images])
+        mapping, (rows, columns) = self.mapping(*images[0].shape[:2])
+        logits = self.logits(prepared.to(self.device, non_blocking=True))
+        expected = tuple(self.grid.cells(size) for size in prepared.shape[-2:])
+        if logits.shape[-2:] != expected:
+            raise NetworkError(
+                f"{self.config.reference} returned {logits.shape[-2]}x{logits.shape[-1]} cells for an input of "
+                f"{prepared.shape[-2]}x{prepared.shape[-1]} pixels; stride {self.grid.stride} means "
+                f"{expected[0]}x{expected[1]}; correct the network's stride"
+            )
+        kept = logits[..., rows.start : rows.stop, columns.start : columns.stop]
+        bad = (kept.isnan() | (kept == torch.inf)).flatten(1).any(1)
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            name = names[first] if names else f"image {first} of the batch"
+            raise NonFiniteError(
+                f"{self.config.reference} returned NaN or +inf for {name}; check its weights and preprocessing"
+                + ("" if self.precision == "off" else f", or run without {self.precision} precision")
+            )
+        return self._over_classes(kept.float().log_softmax(1)), mapping
+
+    def logits(self, inputs_N3HW: Tensor) -> Tensor:
+        """The network's logits under the chosen precision."""
+        with torch.autocast(
+            self.device.type, AUTOCAST_DTYPES.get(self.precision), enabled=self.precision in AUTOCAST_DTYPES
+        ):
+            logits: Tensor = self.network(inputs_N3HW)
+        channels = len(self.config.classes or self.classes)
+        if logits.shape[1] != channels:
+            raise NetworkError(
+                f"{self.config.reference} returned {logits.shape[1]} classes, its description has {channels}; "
+                "state the network's own classes in its order (classes = [...])"
+            )
+        return logits
+
+    def _over_classes(self, log_probs_NChw: Tensor) -> Tensor:
+        if self._groups is None:
+            return log_probs_NChw
+        merged = torch.stack([log_probs_NChw[:, channels].logsumexp(1) for channels in self._groups], 1)
+        # Ignored classes take their share with them: what is left is a distribution again.
+        return merged.log_softmax(1)

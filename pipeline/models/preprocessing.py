@@ -1,0 +1,49 @@
+"""From an image to a network's input, and from the input's pixels back to the image's.
+
+Shapes: image H,W,3 uint8 RGB; input 3,H',W' float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from segkd.pipeline.models.network import Preprocessing
+from segkd.storage.geometry import Affine, resize
+
+
+def normalise(images_N3HW: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """RGB values 0-255, of any dtype, in the range, order and normalisation that the network expects: float32."""
+    images = images_N3HW.float()
+    if preprocessing.channels == "BGR":
+        images = images.flip(-3)
+    if preprocessing.range == "0-1":
+        images = images / 255
+    mean = torch.tensor(preprocessing.mean, device=images.device)[:, None, None]
+    std = torch.tensor(preprocessing.std, device=images.device)[:, None, None]
+    return (images - mean) / std
+
+
+def placement(height: int, width: int, preprocessing: Preprocessing) -> tuple[tuple[int, int], Affine, Affine]:
+    """The size H', W' of the input that an image becomes, and per axis (y, x) the map from its pixels to the image's."""
+    scaled = preprocessing.resize or (height, width)
+    padded = (scaled[0] + -scaled[0] % preprocessing.multiple_of, scaled[1] + -scaled[1] % preprocessing.multiple_of)
+    return padded, resize(height, scaled[0]), resize(width, scaled[1])
+
+
+def prepare(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Tensor:
+    """The network's input for ``image``; :func:`placement` says where its pixels lie."""
+    height, width = preprocessing.resize or image.shape[:2]
+    if (height, width) != image.shape[:2]:
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    tensor = normalise(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), preprocessing)
+    bottom, right = -height % preprocessing.multiple_of, -width % preprocessing.multiple_of
+    if bottom or right:
+        mode = "replicate" if preprocessing.pad == "edge" else "constant"
+        # After normalising, the mean is 0.
+        tensor = F.pad(tensor[None], (0, right, 0, bottom), mode=mode)[0]
+    return tensor
