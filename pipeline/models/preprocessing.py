@@ -29,7 +29,7 @@ def normalise(images_N3HW: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def placement(height: int, width: int, preprocessing: Preprocessing) -> tuple[tuple[int, int], Affine, Affine]:
-    """The size H', W' of the input that an image becomes, and per axis (y, x) the map from its pixels to the image's."""
+    """The size H', W' of the input that an image becomes, and per axis (y, x) its pixels -> the image's."""
     scaled = preprocessing.resize or (height, width)
     padded = (scaled[0] + -scaled[0] % preprocessing.multiple_of, scaled[1] + -scaled[1] % preprocessing.multiple_of)
     return padded, resize(height, scaled[0]), resize(width, scaled[1])
