@@ -1,0 +1,259 @@
+"""From TOML to frozen dataclasses and back: reading, overriding, validating, writing.
+
+Knows nothing of any particular setting. A problem is stated with its place (file or ``--set``), its dotted key, what
+stands there, what is expected and the nearest known key; all problems of a file are stated together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from segkd.storage.errors import ConfigError
+
+T = TypeVar("T")
+Key = tuple[str | int, ...]
+"""Where something stands: table, key, position in an array."""
+
+_NO_RUN_FILE = "no run file"
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """One ``--set key=value``."""
+
+    key: tuple[str, ...]
+    value: Any
+    text: str
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError for one that is absent or cannot be read, with the line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file; name an existing run file (.toml)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read: {reason}; a run file is a TOML text file") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def parse_override(text: str) -> Override:
+    """``a.b=value``: the value is TOML, or else the bare string. Raises ConfigError."""
+    name, equals, written = text.partition("=")
+    try:
+        if not equals or "\n" in name:
+            raise ValueError
+        node: Any = tomllib.loads(f"{name} = 0")
+    except ValueError:
+        raise ConfigError(f"--set {text}: expected key=value with a dotted key, such as train.steps=500") from None
+    key: list[str] = []
+    while isinstance(node, dict):
+        ((part, node),) = node.items()
+        key.append(part)
+    try:
+        value = tomllib.loads(f"value = {written.strip()}\n")["value"]
+    except tomllib.TOMLDecodeError:
+        value = written.strip()
+    return Override(tuple(key), value, text)
+
+
+def parse(kind: type[T], tables: Mapping[str, Any], *, place: str | None = None, overrides: Sequence[str] = ()) -> T:
+    """A ``kind`` (a dataclass) of ``tables`` with ``overrides`` put in. ``place`` names where the tables come from.
+
+    Strict: a string is not a number, an unknown key is an error. Raises ConfigError with one line a problem.
+    """
+    changes = [parse_override(text) for text in overrides]
+    merged = json.loads(json.dumps(tables, default=str))
+    for change in changes:
+        _put(merged, change)
+    # Validated as JSON, because strict validation of Python objects would refuse TOML's arrays as tuples; wrapped in a
+    # tuple, because pydantic takes a configuration only for types that could not have one of their own.
+    adapter = TypeAdapter(tuple[kind], config=ConfigDict(strict=True, extra="forbid"))  # type: ignore[valid-type]
+    try:
+        (value,) = adapter.validate_json(json.dumps([merged], default=str))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_problems(kind, merged, error, place, changes))) from None
+    return typing.cast(T, value)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as JSON holds it: dicts, lists, strings, numbers, None."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def to_toml(config: Any) -> str:
+    """A configuration as a run file that :func:`parse` turns into the same again.
+
+    TOML has no None, so keys that hold it are left out; settings that may be None have it for their default.
+    """
+    return "\n".join(_table((), to_dict(config))).strip() + "\n"
+
+
+def to_toml_value(value: Any) -> str:
+    """One value as TOML writes it."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{_bare(key)} = {to_toml_value(item)}" for key, item in value.items() if item is not None)
+        return f"{{ {inside} }}" if inside else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(to_toml_value(item) for item in value)}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One key that a run file may hold."""
+
+    key: tuple[str, ...]
+    field: dataclasses.Field[Any]
+    owner: type
+    table: type | None
+    """The dataclass that the key holds, where it holds one."""
+
+
+def settings(kind: type, prefix: tuple[str, ...] = ()) -> Iterator[Setting]:
+    """All keys of a dataclass, depth first, in their order."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        key = (*prefix, field.name)
+        table = _dataclass_in(hints[field.name])
+        yield Setting(key, field, kind, table)
+        if table is not None:
+            yield from settings(table, key)
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass in ``X`` or ``X | None``."""
+    options = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
+
+
+def _put(tables: dict[str, Any], change: Override) -> None:
+    """Sets one key, making the tables on the way to it; a value that stands where a table must be gives way."""
+    *parents, last = change.key
+    for parent in parents:
+        if not isinstance(tables.get(parent), dict):
+            tables[parent] = {}
+        tables = tables[parent]
+    tables[last] = change.value
+
+
+def _problems(
+    kind: type, tables: Any, error: ValidationError, place: str | None, changes: Sequence[Override]
+) -> list[str]:
+    """One line a problem, in the order of the settings."""
+    wanted: dict[tuple[Key, bool], list[str]] = {}
+    for item in error.errors(include_url=False):
+        key = _resolved(tables, item["loc"][1:])
+        missing = item["type"] == "missing" and isinstance(item["loc"][-1], str)
+        key = (*key, item["loc"][-1]) if missing else key
+        wanted.setdefault((key, missing), []).append(_expectation(kind, key, item))
+    lines = []
+    for (key, missing), expectations in wanted.items():
+        change = next((change for change in reversed(changes) if key[: len(change.key)] == change.key), None)
+        where = f"--set {change.text}" if change else place or _NO_RUN_FILE
+        value = None if missing else _at(tables, key)
+        stands = f" = {_shortened(value)}" if key and not isinstance(value, dict) and not missing else ""
+        lines.append(f"{where}: {_dotted(key) or 'the run file'}{stands}: {' or '.join(dict.fromkeys(expectations))}")
+    return lines
+
+
+def _expectation(kind: type, key: Key, item: Any) -> str:
+    """What pydantic says, in the words of a run file."""
+    match item["type"]:
+        case "unexpected_keyword_argument":
+            return f"there is no such key; {_nearest(kind, key)}"
+        case "missing" if isinstance(item["loc"][-1], str):
+            return "is missing and has no default"
+        case "missing":
+            return f"expected at least {item['loc'][-1] + 1} values"
+        case "value_error":
+            return str(item["ctx"]["error"])
+        case "dataclass_type":
+            return "expected a table"
+        case "literal_error":
+            options = [part.strip("'") for part in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+            near = get_close_matches(str(item["input"]), options, 1)
+            return f"expected {item['ctx']['expected']}" + (f"; did you mean '{near[0]}'?" if near else "")
+        case _:
+            message: str = item["msg"]
+            return f"expected {message.removeprefix('Input should be ')}"
+
+
+def _nearest(kind: type, key: Key) -> str:
+    """The known key that was probably meant: a sibling, else one of that name in another table."""
+    known = [setting.key for setting in settings(kind)]
+    siblings = [other[-1] for other in known if other[:-1] == key[:-1]]
+    near = get_close_matches(str(key[-1]), siblings, 1)
+    if near:
+        return f"did you mean {_dotted((*key[:-1], near[0]))}?"
+    elsewhere = [other for other in known if other[-1] == key[-1]]
+    if elsewhere:
+        return f"did you mean {' or '.join(_dotted(other) for other in elsewhere)}?"
+    return f"known here: {', '.join(siblings)}"
+
+
+def _resolved(tables: Any, location: Key) -> Key:
+    """The part of a location that stands in the tables: what follows names alternatives of a union."""
+    for depth, part in enumerate(location):
+        try:
+            tables = tables[part]
+        except (KeyError, IndexError, TypeError):
+            return location[:depth]
+    return location
+
+
+def _at(tables: Any, key: Key) -> Any:
+    for part in key:
+        tables = tables[part]
+    return tables
+
+
+def _dotted(key: Key) -> str:
+    text = ""
+    for part in key:
+        text += f"[{part}]" if isinstance(part, int) else f".{_bare(part)}"
+    return text.removeprefix(".")
+
+
+def _shortened(value: Any) -> str:
+    text = to_toml_value(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _bare(key: str) -> str:
+    plain = key.isascii() and key.replace("-", "").replace("_", "").isalnum()
+    return key if plain else to_toml_value(key)
+
+
+def _table(path: tuple[str, ...], table: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of a table: its own keys first, then its tables."""
+    inner = {key: value for key, value in table.items() if isinstance(value, dict)}
+    own = [
+        f"{_bare(key)} = {to_toml_value(value)}"
+        for key, value in table.items()
+        if key not in inner and value is not None
+    ]
+    if path and (own or not inner):
+        yield from ("", f"[{'.'.join(map(_bare, path))}]")
+    yield from own
+    for key, value in inner.items():
+        yield from _table((*path, key), value)
