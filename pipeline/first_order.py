@@ -1,0 +1,69 @@
+"""First-order knowledge: how much a cell's output differs from its neighbours' (Xie et al., BMVC 2018).
+
+One definition serves the teacher's targets and the student's loss. The paper's body could not be had; the norm, the
+features and their smoothing are this project's own choice.
+
+Shapes: N maps (images or windows), C classes, h, w cells of the teacher's grid.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Features = Literal["softmax", "logits"]
+
+EPSILON = 1e-3
+"""Where the distance between two cells goes over from a cone into a parabola, in units of the features.
+
+It takes at most 1e-3 off a distance (a teacher's map averages about 0.1) and is a thousand times what rounding does to
+a softmax in float32, so cells that are equal but for rounding give no value and a gradient that vanishes with their
+difference. The cone itself (epsilon 0) has an infinite derivative there, and a far smaller epsilon a random direction.
+"""
+
+_PAIRS = ((0, 1), (1, 0), (1, 1), (1, -1))
+"""A cell's four later neighbours (rows, columns): every pair of neighbours once."""
+
+
+def features_of(scores_NChw: Tensor, form: Features) -> Tensor:
+    """What is compared between neighbours, in float32 (a float64 input stays float64).
+
+    ``softmax``  class probabilities
+    ``logits``   logits less their mean over the classes, the same for logits and log-probabilities. A class of
+                 probability zero (-inf) has no finite value here.
+    """
+    scores = _single_precision(scores_NChw)
+    return scores.softmax(1) if form == "softmax" else scores - scores.mean(1, keepdim=True)
+
+
+def first_order_map(features_NChw: Tensor, exists_Nhw: Tensor | None = None) -> Tensor:
+    """N,h,w: ``C(x) = mean over the neighbours i that exist of sqrt(|F(x) - F(i)|^2 + EPSILON^2) - EPSILON``.
+
+    A cell has 8 neighbours inside the grid, 5 on an edge and 3 in a corner, less those that ``exists_Nhw`` (bool)
+    rules out. Without any, and where a cell does not itself exist, the value is 0. Features of cells that do not exist
+    must be finite. In float32 even under autocast (a float64 input stays float64).
+    """
+    with torch.autocast(features_NChw.device.type, enabled=False):
+        features = _single_precision(features_NChw)
+        count, _, height, width = features.shape
+        if exists_Nhw is None:
+            exists_Nhw = torch.ones((count, height, width), dtype=torch.bool, device=features.device)
+        total_Nhw = features.new_zeros(exists_Nhw.shape)
+        neighbours_Nhw = torch.zeros_like(total_Nhw)
+        for down, right in _PAIRS:
+            here = (..., slice(0, height - down), slice(max(-right, 0), width - max(right, 0)))
+            there = (..., slice(down, height), slice(max(right, 0), width - max(-right, 0)))
+            both = (exists_Nhw[here] & exists_Nhw[there]).to(features.dtype)
+            squared = (features[here] - features[there]).square().sum(1)
+            # sqrt(s + e^2) - e without its cancellation: exactly 0 for equal cells.
+            distance = squared / ((squared + EPSILON**2).sqrt() + EPSILON) * both
+            for side in (here, there):
+                total_Nhw[side] += distance
+                neighbours_Nhw[side] += both
+        return total_Nhw / neighbours_Nhw.clamp_min(1.0)
+
+
+def _single_precision(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
