@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from types import UnionType
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from segkd.storage.errors import ConfigError
 
@@ -160,42 +162,49 @@ def _problems(
     kind: type, tables: Any, error: ValidationError, place: str | None, changes: Sequence[Override]
 ) -> list[str]:
     """One line a problem, in the order of the settings."""
-    wanted: dict[tuple[Key, bool], list[str]] = {}
+    # Alternatives of a union complain one by one about the same key, each in an error type of its own.
+    complaints: dict[Key, dict[str, str]] = {}
     for item in error.errors(include_url=False):
         key = _resolved(tables, item["loc"][1:])
-        missing = item["type"] == "missing" and isinstance(item["loc"][-1], str)
-        key = (*key, item["loc"][-1]) if missing else key
-        wanted.setdefault((key, missing), []).append(_expectation(kind, key, item))
+        if item["type"] == "missing" and isinstance(item["loc"][-1], str):
+            key = (*key, item["loc"][-1])
+        complaints.setdefault(key, {})[item["type"]] = _complaint(kind, key, item)
     lines = []
-    for (key, missing), expectations in wanted.items():
+    for key, by_type in complaints.items():
         change = next((change for change in reversed(changes) if key[: len(change.key)] == change.key), None)
         where = f"--set {change.text}" if change else place or _NO_RUN_FILE
-        value = None if missing else _at(tables, key)
-        stands = f" = {_shortened(value)}" if key and not isinstance(value, dict) and not missing else ""
-        lines.append(f"{where}: {_dotted(key) or 'the run file'}{stands}: {' or '.join(dict.fromkeys(expectations))}")
+        first, *others = by_type.values()
+        text = " or ".join([first, *(other.removeprefix("expected ") for other in others)])
+        # A component's own complaint may already begin with the place.
+        stands = "" if text.startswith(f"{_dotted(key)}.") else f"{_standing(tables, key)}: "
+        lines.append(f"{where}: {stands}{text}")
     return lines
 
 
-def _expectation(kind: type, key: Key, item: Any) -> str:
+def _complaint(kind: type, key: Key, item: ErrorDetails) -> str:
     """What pydantic says, in the words of a run file."""
+    last, context = item["loc"][-1], item.get("ctx", {})
     match item["type"]:
         case "unexpected_keyword_argument":
             return f"there is no such key; {_nearest(kind, key)}"
-        case "missing" if isinstance(item["loc"][-1], str):
+        case "missing" if isinstance(last, str):
             return "is missing and has no default"
         case "missing":
-            return f"expected at least {item['loc'][-1] + 1} values"
+            return f"expected {int(last) + 1} values"
+        case "too_long":
+            return f"expected {context['max_length']} values"
         case "value_error":
-            return str(item["ctx"]["error"])
+            return str(context["error"])
         case "dataclass_type":
             return "expected a table"
         case "literal_error":
-            options = [part.strip("'") for part in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+            options = re.findall(r"'([^']*)'", context["expected"])
             near = get_close_matches(str(item["input"]), options, 1)
-            return f"expected {item['ctx']['expected']}" + (f"; did you mean '{near[0]}'?" if near else "")
+            return f"expected {context['expected']}" + (f"; did you mean '{near[0]}'?" if near else "")
+        case "int_parsing" if last == "[key]":
+            return "expected an integer for the key"
         case _:
-            message: str = item["msg"]
-            return f"expected {message.removeprefix('Input should be ')}"
+            return f"expected {item['msg'].removeprefix('Input should be ')}"
 
 
 def _nearest(kind: type, key: Key) -> str:
@@ -221,10 +230,11 @@ def _resolved(tables: Any, location: Key) -> Key:
     return location
 
 
-def _at(tables: Any, key: Key) -> Any:
+def _standing(tables: Any, key: Key) -> str:
+    """A key and, unless it is absent or a table, what stands there."""
     for part in key:
-        tables = tables[part]
-    return tables
+        tables = tables[part] if isinstance(part, int) or part in tables else {}
+    return _dotted(key) if isinstance(tables, dict) else f"{_dotted(key)} = {_shortened(tables)}"
 
 
 def _dotted(key: Key) -> str:
