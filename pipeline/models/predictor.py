@@ -80,20 +80,28 @@ class Predictor:
         rows, columns = whole.y.inside_image(height), whole.x.inside_image(width)
         return whole.part(rows, columns), (rows, columns)
 
-    @torch.inference_mode()
     def predict(self, images: Sequence[npt.NDArray[np.uint8]], names: Sequence[str] = ()) -> tuple[Tensor, Mapping]:
-        """Log-probabilities of images of one size, and where their cells lie in each image.
-
-        Raises NonFiniteError, naming the image, for a NaN or +inf; -inf is legal.
-        """
+        """Log-probabilities of images of one size, and where their cells lie in each image. Raises as :meth:`infer`."""
         prepared = torch.stack([prepare(image, self.config.preprocessing) for image in images])
-        mapping, (rows, columns) = self.mapping(*images[0].shape[:2])
-        logits = self.logits(prepared.to(self.device, non_blocking=True))
-        expected = tuple(self.grid.cells(size) for size in prepared.shape[-2:])
+        height, width = images[0].shape[:2]
+        return self.infer(prepared, (height, width), names)
+
+    @torch.inference_mode()
+    def infer(
+        self, prepared_N3HW: Tensor, image_size: tuple[int, int], names: Sequence[str] = ()
+    ) -> tuple[Tensor, Mapping]:
+        """:meth:`predict` for inputs that :func:`~segkd.pipeline.models.preprocessing.prepare` has made already.
+
+        Raises NonFiniteError, naming the image, for a NaN or +inf (-inf is legal), and NetworkError where the output
+        is not what the description says.
+        """
+        mapping, (rows, columns) = self.mapping(*image_size)
+        logits = self.logits(prepared_N3HW.to(self.device, non_blocking=True))
+        expected = tuple(self.grid.cells(size) for size in prepared_N3HW.shape[-2:])
         if logits.shape[-2:] != expected:
             raise NetworkError(
                 f"{self.config.reference} returned {logits.shape[-2]}x{logits.shape[-1]} cells for an input of "
-                f"{prepared.shape[-2]}x{prepared.shape[-1]} pixels; stride {self.grid.stride} means "
+                f"{prepared_N3HW.shape[-2]}x{prepared_N3HW.shape[-1]} pixels; stride {self.grid.stride} means "
                 f"{expected[0]}x{expected[1]}; correct the network's stride"
             )
         kept = logits[..., rows.start : rows.stop, columns.start : columns.stop]

@@ -1,0 +1,180 @@
+"""Reads windows of targets out of a cache.
+
+Shapes: codes channels,h,w of one window; values S,channels,h,w.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from segkd.storage.coding import Array
+from segkd.storage.errors import CacheDamagedError, CacheMismatchError, CacheNotFoundError, IncompleteCacheError
+from segkd.storage.geometry import Axis, Mapping
+from segkd.storage.layout import tile_shape
+from segkd.storage.publish import SEAL, record_name
+from segkd.storage.spec import CacheSpec
+from segkd.storage.statistics import Statistics
+from segkd.storage.writer import SAMPLES, read_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One sample of a cache."""
+
+    id: str
+    role: str
+    row: int
+    image_size: tuple[int, int]
+    mapping: Mapping
+    """Its cells in the pixels of the EXIF-upright image; all their centres lie in the image."""
+    first_tile: int
+    image_digest: bytes
+    rungs: dict[str, int]
+
+
+class CacheReader:
+    """A cache, opened for reading. Picklable; every process opens its own files, when it first needs them.
+
+    Raises CacheNotFoundError, CacheMismatchError for another format and IncompleteCacheError for a cache that
+    is not sealed, unless ``partial`` says that its finished units will do.
+    """
+
+    def __init__(self, path: str | Path, *, partial: bool = False) -> None:
+        self.path = Path(path)
+        if not (self.path / "zarr.json").exists():
+            raise CacheNotFoundError(f"there is no cache at {self.path}; write one with segkd teacher-cache")
+        self.spec: CacheSpec = read_spec(self.path)
+        self.sealed = (self.path / SEAL).exists()
+        if not self.sealed and not partial:
+            done, units = len(self.committed_units()), self.spec.plan.units
+            raise IncompleteCacheError(
+                f"{self.path} is not finished: {done} of {units} units are written; "
+                "run segkd teacher-cache again to finish it"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("path", "spec", "sealed")
+        return {name: value for name, value in vars(self).items() if name in kept}
+
+    def committed_units(self) -> list[int]:
+        """The numbers of the units that are written."""
+        return [unit for unit in range(self.spec.plan.units) if (self.path / record_name(unit)).exists()]
+
+    def records(self) -> list[dict[str, Any]]:
+        """The commit records, in the order of units."""
+        return [json.loads((self.path / record_name(unit)).read_bytes()) for unit in self.committed_units()]
+
+    def statistics(self) -> Statistics:
+        """What the coding of all written units has cost."""
+        total = Statistics()
+        for record in self.records():
+            total.merge(Statistics.from_dict(record["statistics"]))
+        return total
+
+    def entries(self, *roles: str) -> Sequence[Entry]:
+        """The samples of the given roles (of all, if none is given), in cache order."""
+        return [entry for entry in self._entries.values() if not roles or entry.role in roles]
+
+    def entry(self, sample_id: str) -> Entry:
+        """The sample of that id. Raises CacheMismatchError when the cache does not hold it."""
+        try:
+            return self._entries[sample_id]
+        except KeyError:
+            raise CacheMismatchError(
+                f"{self.path} holds no sample {sample_id!r}; its lists differ from the data's: "
+                "write a cache of these samples with segkd teacher-cache"
+            ) from None
+
+    def window(self, entry: Entry, target: str, rows: range, columns: range) -> npt.NDArray[Any]:
+        """Codes ``(channels, len(rows), len(columns))`` of a rectangle of the sample's cells.
+
+        Only the tiles that the window overlaps are read. Raises CacheDamagedError for one that is lost or damaged.
+        """
+        spec, tile = self.spec.targets[target], self.spec.plan.tile
+        across = tile_shape(entry.mapping.shape, tile)[1]
+        codes = np.empty((spec.channels, len(rows), len(columns)), spec.coder.dtype)
+        for tile_row, in_rows, out_rows in _overlaps(rows, tile):
+            for tile_column, in_columns, out_columns in _overlaps(columns, tile):
+                number = entry.first_tile + tile_row * across + tile_column
+                codes[:, out_rows, out_columns] = self._tile(target, number)[:, in_rows, in_columns]
+        return codes
+
+    def decode(self, target: str, codes_SChw: Array, rungs_S: Array) -> Array:
+        """float32 values of codes: log-probabilities for ``soft``, map values for the others. numpy or torch."""
+        return self.spec.targets[target].coder.decode(codes_SChw, rungs_S)
+
+    def values(self, entry: Entry, target: str) -> npt.NDArray[np.float32]:
+        """All of one sample's values, channels,h,w."""
+        height, width = entry.mapping.shape
+        codes = self.window(entry, target, range(height), range(width))
+        decoded: npt.NDArray[np.float32] = self.decode(target, codes[None], np.asarray([entry.rungs[target]]))[0]
+        return decoded
+
+    def _tile(self, target: str, number: int) -> npt.NDArray[Any]:
+        try:
+            tile: npt.NDArray[Any] = np.asarray(self._arrays[target][number])
+        except Exception as error:  # zarr's codecs raise what their libraries raise
+            raise CacheDamagedError(
+                f"tile {number} of {self.path / target} cannot be read ({error}); restore the cache or write it again"
+            ) from error
+        return tile
+
+    @cached_property
+    def _arrays(self) -> dict[str, zarr.Array[Any]]:
+        group = zarr.open_group(self.path, mode="r", zarr_format=3)
+        arrays = {}
+        for name in (*self.spec.targets, SAMPLES):
+            array = group[name]
+            assert isinstance(array, zarr.Array)
+            arrays[name] = array
+        return arrays
+
+    @cached_property
+    def _entries(self) -> dict[str, Entry]:
+        plan, table = self.spec.plan, self._arrays[SAMPLES]
+        entries = {}
+        for record in self.records():
+            first = record["unit"] * plan.unit_samples
+            packed = np.ascontiguousarray(table[first : first + record["samples"]])
+            for row, fields in enumerate(packed.view(self.spec.row_dtype())[:, 0], first):
+                entry = _entry(row, fields, self.spec.targets)
+                entries[entry.id] = entry
+        return entries
+
+
+def _overlaps(cells: range, tile: int) -> Iterable[tuple[int, slice, slice]]:
+    """Per tile that a run of cells overlaps: its number, the overlap in the tile, the overlap in the run."""
+    if not cells:
+        return
+    for number in range(cells.start // tile, -(-cells.stop // tile)):
+        start, stop = max(cells.start, number * tile), min(cells.stop, (number + 1) * tile)
+        yield (
+            number,
+            slice(start - number * tile, stop - number * tile),
+            slice(start - cells.start, stop - cells.start),
+        )
+
+
+def _entry(row: int, fields: np.void, targets: Iterable[str]) -> Entry:
+    return Entry(
+        id=fields["id"].decode(),
+        role=fields["role"].decode(),
+        row=row,
+        image_size=(int(fields["height"]), int(fields["width"])),
+        mapping=Mapping(
+            Axis(float(fields["scale_y"]), float(fields["offset_y"]), int(fields["grid_height"])),
+            Axis(float(fields["scale_x"]), float(fields["offset_x"]), int(fields["grid_width"])),
+        ),
+        first_tile=int(fields["first_tile"]),
+        image_digest=fields["image_digest"].tobytes(),
+        rungs={name: int(fields[f"rung_{name}"]) for name in targets},
+    )
