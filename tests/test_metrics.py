@@ -95,6 +95,8 @@ def test_tensors_and_arrays_of_any_integer_type_count_alike():
     expected = counted(labels, predictions, 3).counts
     np.testing.assert_array_equal(counted(torch.tensor(labels), torch.tensor(predictions).long(), 3).counts, expected)
     np.testing.assert_array_equal(counted(labels.astype(np.int32), torch.tensor(predictions), 3).counts, expected)
+    labels.flags.writeable = predictions.flags.writeable = False
+    np.testing.assert_array_equal(counted(labels, predictions, 3).counts, expected)
 
 
 def test_absent_classes_are_left_out_and_a_false_class_counts_as_zero():

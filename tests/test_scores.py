@@ -31,14 +31,15 @@ class Source:
 
     classes = Classes(names=("road", "sky", "unicorn"), palette=((128, 64, 128), (70, 130, 180), (255, 0, 255)))
 
-    def __init__(self, sizes=SIZES):
+    def __init__(self):
         rng = np.random.default_rng(7)
-        ids = [f"seq/{i}" for i in range(len(sizes))]
-        self.samples = tuple(Sample(id=name, role=Role.REPORT, labelled=True) for name in ids)
-        self._images = {n: rng.integers(0, 256, (*s, 3), np.uint8) for n, s in zip(ids, sizes, strict=True)}
-        blocks = {n: rng.choice(np.array([0, 1, 255], np.uint8), (-(-h // 8), -(-w // 8)))
-                  for n, (h, w) in zip(ids, sizes, strict=True)}  # fmt: skip
-        self._labels = {n: blocks[n].repeat(8, 0).repeat(8, 1)[:h, :w] for n, (h, w) in zip(ids, sizes, strict=True)}
+        self._images, self._labels = {}, {}
+        for index, (height, width) in enumerate(SIZES):
+            blocks = rng.choice(np.array([0, 1, 255], np.uint8), (-(-height // 8), -(-width // 8)))
+            self._images[f"seq/{index}"] = rng.integers(0, 256, (height, width, 3), np.uint8)
+            self._labels[f"seq/{index}"] = blocks.repeat(8, 0).repeat(8, 1)[:height, :width]
+            self._labels[f"seq/{index}"].flags.writeable = False
+        self.samples = tuple(Sample(id=name, role=Role.REPORT, labelled=True) for name in self._images)
 
     def image(self, sample):
         return self._images[sample.id]

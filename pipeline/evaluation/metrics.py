@@ -65,8 +65,8 @@ class ConfusionMatrix:
                 f"labels of shape {tuple(labels.shape)} against predictions of shape {tuple(predictions.shape)}; "
                 "bring the predictions to the label's own size"
             )
-        predicted = torch.as_tensor(predictions)
-        truth = torch.as_tensor(labels).to(predicted.device)
+        predicted = as_tensor(predictions)
+        truth = as_tensor(labels).to(predicted.device)
         valid = truth != IGNORE
         pairs = truth[valid].long(), predicted[valid].long()
         for what, values in zip(("label", "prediction"), pairs, strict=True):
@@ -90,6 +90,11 @@ class ConfusionMatrix:
         return Measures(iou=iou, accuracy=accuracy, miou=_mean(iou), macc=_mean(accuracy), aacc=overall)
 
 
+def as_tensor(labels: LabelMap) -> Tensor:
+    """The same values as a tensor; an array is copied, because torch cannot share one that is read-only."""
+    return labels if isinstance(labels, Tensor) else torch.tensor(labels)
+
+
 def boundary_band(labels_HW: LabelMap, width: int = BAND_PIXELS) -> Tensor:
     """The pixels within ``width`` pixels of a label boundary, bool ``(H, W)`` on the CPU.
 
@@ -102,7 +107,7 @@ def boundary_band(labels_HW: LabelMap, width: int = BAND_PIXELS) -> Tensor:
     distance is the one that erosion by a 3 x 3 square gives, as in Boundary IoU (Cheng et al., CVPR 2021), which
     differs in that it also takes the band of the prediction.
     """
-    labels_1HW = torch.as_tensor(labels_HW).cpu().float()[None]
+    labels_1HW = as_tensor(labels_HW).cpu().float()[None]
     window = 2 * width + 1
     highest = F.max_pool2d(labels_1HW, window, stride=1, padding=width)
     lowest = -F.max_pool2d(-labels_1HW, window, stride=1, padding=width)

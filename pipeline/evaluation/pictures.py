@@ -61,7 +61,8 @@ def heat(map_HW: npt.NDArray[np.floating], vmax: float) -> Picture:
     """Numbers from 0 (black) to ``vmax`` (pale yellow), lighter all the way; what lies beyond is clipped."""
     share = np.clip(map_HW / vmax, 0.0, 1.0) if vmax > 0 else np.zeros(map_HW.shape)
     channels = [np.interp(share, np.linspace(0.0, 1.0, len(_INFERNO)), channel) for channel in _INFERNO.T]
-    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+    picture: Picture = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+    return picture
 
 
 def difference(

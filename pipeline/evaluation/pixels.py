@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from segkd.pipeline.resample import apply_weights
-from segkd.storage.errors import NonFiniteError
+from segkd.storage.errors import NetworkError, NonFiniteError
 from segkd.storage.geometry import Axis, Mapping, resampling
 
 STRIP_BYTES = 16 * 2**20
@@ -39,6 +39,15 @@ def confidence_map(log_probs_1Chw: Tensor, mapping: Mapping, height: int, width:
     """
     strips = _strips(log_probs_1Chw, mapping, height, width)
     return torch.cat([values_CtW.softmax(0).amax(0) for values_CtW in strips])
+
+
+def check_output(log_probs_1Chw: Tensor, num_classes: int, of: str) -> None:
+    """Raises NetworkError, which names the image ``of``, unless the output is that of one image over the classes."""
+    if log_probs_1Chw.ndim != 4 or log_probs_1Chw.shape[:2] != (1, num_classes):
+        raise NetworkError(
+            f"{of}: the output has shape {tuple(log_probs_1Chw.shape)}, expected (1, {num_classes}, h, w); "
+            "give the network's `classes` and `class_map` if they are not those of the data"
+        )
 
 
 def _strips(log_probs_1Chw: Tensor, mapping: Mapping, height: int, width: int) -> Iterator[Tensor]:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from segkd.pipeline.data.sample import IGNORE, DataSource, Sample
-from segkd.pipeline.evaluation.metrics import BAND_PIXELS, ConfusionMatrix, Measures, boundary_band
-from segkd.pipeline.evaluation.pixels import label_map
-from segkd.storage.errors import DataError, NetworkError
+from segkd.pipeline.evaluation.metrics import BAND_PIXELS, ConfusionMatrix, Measures, as_tensor, boundary_band
+from segkd.pipeline.evaluation.pixels import check_output, label_map
+from segkd.storage.errors import DataError
 from segkd.storage.geometry import Mapping
 
 Predict = Callable[[Sample, npt.NDArray[np.uint8]], tuple[Tensor, Mapping]]
@@ -126,10 +126,15 @@ def score(
     classes = source.classes
     total, boundary = ConfusionMatrix(len(classes)), ConfusionMatrix(len(classes))
     for sample in samples:
-        image_HW3, labels_HW = source.image(sample), torch.from_numpy(source.labels(sample))
-        log_probs_1Chw, mapping = predict(sample, image_HW3)
+        image_HW3, labels_HW = source.image(sample), as_tensor(source.labels(sample))
         height, width = image_HW3.shape[:2]
-        _check_fit(sample, log_probs_1Chw, tuple(labels_HW.shape), (height, width), len(classes))
+        if labels_HW.shape != (height, width):
+            raise DataError(
+                f"sample {sample.id!r}: the label map has {tuple(labels_HW.shape)} pixels, its image {(height, width)} "
+                "(height, width); they must be of one size, run `segkd data check` to find all that are not"
+            )
+        log_probs_1Chw, mapping = predict(sample, image_HW3)
+        check_output(log_probs_1Chw, len(classes), f"sample {sample.id!r}")
         predicted_HW = label_map(log_probs_1Chw, mapping, height, width).cpu()
         of_sample = ConfusionMatrix(len(classes))
         of_sample.update(labels_HW, predicted_HW)
@@ -148,21 +153,6 @@ def _check_labelled(samples: Sequence[Sample]) -> None:
         raise DataError(
             f"{len(bare)} of {len(samples)} samples have no label map, the first is {bare[0]!r}; "
             "score a role that is labelled, or give the labels' place in [data]"
-        )
-
-
-def _check_fit(
-    sample: Sample, log_probs_1Chw: Tensor, labelled: tuple[int, ...], image: tuple[int, int], num_classes: int
-) -> None:
-    if labelled != image:
-        raise DataError(
-            f"sample {sample.id!r}: the label map has {labelled} pixels, its image {image} (height, width); "
-            "they must be of one size, run `segkd data check` to find all that are not"
-        )
-    if log_probs_1Chw.ndim != 4 or log_probs_1Chw.shape[:2] != (1, num_classes):
-        raise NetworkError(
-            f"sample {sample.id!r}: the output has shape {tuple(log_probs_1Chw.shape)}, expected (1, {num_classes}, "
-            "h, w); give the network's `classes` and `class_map` if they are not those of the data"
         )
 
 
