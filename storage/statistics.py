@@ -51,6 +51,11 @@ class Measure:
         """Mean over the samples; 0 without any."""
         return self.total * UNIT / self.samples if self.samples else 0.0
 
+    @property
+    def largest(self) -> float:
+        """The largest number of any sample; 0 without any."""
+        return self.maximum * UNIT
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON keeps it."""
         histogram = {str(bin_): count for bin_, count in sorted(self.histogram.items())}

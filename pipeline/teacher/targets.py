@@ -143,6 +143,24 @@ class Coded:
             measures={name: torch.where(take, other.measures[name], kept) for name, kept in self.measures.items()},
         )
 
+    def followed_by(self, other: Coded) -> Coded:
+        """The samples of this and then those of the other."""
+        return Coded(
+            codes=torch.cat([self.codes, other.codes]),
+            rungs=torch.cat([self.rungs, other.rungs]),
+            errors=torch.cat([self.errors, other.errors]),
+            measures={name: torch.cat([value, other.measures[name]]) for name, value in self.measures.items()},
+        )
+
+    def on_host(self) -> Coded:
+        """The same on the CPU."""
+        return Coded(
+            codes=self.codes.cpu(),
+            rungs=self.rungs.cpu(),
+            errors=self.errors.cpu(),
+            measures={name: value.cpu() for name, value in self.measures.items()},
+        )
+
 
 def code(
     target: Target, spec: TargetSpec, log_probs_NChw: Tensor, mapping: GridMapping, image_size: tuple[int, int]

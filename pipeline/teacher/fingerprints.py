@@ -1,0 +1,68 @@
+"""Digests that tell whether a cache still fits: of the teacher, of what it is fed, of the classes, of the coding.
+
+They depend on content, not on where it lies: a weights file counts by its bytes and a path by its last part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from segkd.pipeline.data.sample import Classes
+from segkd.pipeline.models.network import NetworkConfig
+from segkd.storage.spec import TargetSpec
+
+
+def fingerprints(
+    network: nn.Module, config: NetworkConfig, classes: Classes, targets: Iterable[TargetSpec], precision: str
+) -> dict[str, str]:
+    """What a cache's specification records and what opening it for more compares."""
+    description = portable(config)
+    preprocessing = description.pop("preprocessing")
+    channels = {name: description.pop(name) for name in ("classes", "class_map")}
+    return {
+        "teacher": _digest({**description, "weights": weights_digest(network), "precision": precision}),
+        "preprocessing": _digest(preprocessing),
+        "classes": _digest({"data": classes.names, **channels}),
+        "coding": _digest([target.to_dict() for target in targets]),
+    }
+
+
+def portable(config: NetworkConfig) -> dict[str, Any]:
+    """The description as a cache keeps it: files by name (and, among the arguments, by content), never by place."""
+    table = asdict(config)
+    table["reference"] = _file_name(config.reference)
+    table["init"] = None if config.init is None else _file_name(config.init)
+    table["arguments"] = {name: _argument(value) for name, value in config.arguments.items()}
+    return table
+
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 over every parameter and buffer: name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, str) and Path(value).is_file():
+        with Path(value).open("rb") as file:
+            return f"{Path(value).name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return value
+
+
+def _file_name(reference: str) -> str:
+    return reference.replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def _digest(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,152 @@
+"""The loop of stage 1: decoding, inference with coding, and writing overlap.
+
+Images are decoded and prepared by threads, ahead of the teacher; the teacher's output is turned into codes on its own
+device, so that only codes cross the bus; a finished unit is written by another thread while the next one is computed.
+
+Batches never cross a unit and are a pure function of its list, so that a unit's bytes do not depend on what was
+finished before.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from segkd.pipeline.data.sample import DataSource, Sample
+from segkd.pipeline.models.predictor import Predictor
+from segkd.pipeline.models.preprocessing import prepare
+from segkd.pipeline.teacher.targets import TARGETS, Coded, code
+from segkd.storage.errors import DataError, NetworkError
+from segkd.storage.layout import Plan, PlannedSample, Unit
+from segkd.storage.spec import CacheSpec
+from segkd.storage.statistics import Statistics
+from segkd.storage.writer import CacheWriter, CodedSample
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A decoded image, ready for the teacher."""
+
+    input_3HW: Tensor
+    digest: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1:
+    """Everything that turns a unit's samples into codes."""
+
+    data: DataSource
+    samples: dict[str, Sample]
+    predictor: Predictor
+    spec: CacheSpec
+    plan: Plan
+    batch: int
+    decoders: int
+
+    def run(self, writer: CacheWriter, units: Sequence[Unit], on_unit: Callable[[Unit, int | None], None]) -> None:
+        """Computes and commits ``units``; ``on_unit`` hears of each with its bytes (None: another worker was first)."""
+        batches = [batch for unit in units for batch in self.batches(unit)]
+        with ThreadPoolExecutor(self.decoders) as decoders, ThreadPoolExecutor(1) as publisher:
+            prepared = ahead(decoders, self.prepare, (sample for batch in batches for sample in batch), 2 * self.batch)
+            writing: Future[None] | None = None
+            for unit in units:
+                coded, statistics = self._code_unit(unit, prepared)
+                if writing is not None:
+                    writing.result()
+                writing = publisher.submit(_write, writer, unit, coded, statistics, on_unit)
+            if writing is not None:
+                writing.result()
+
+    def batches(self, unit: Unit) -> list[list[PlannedSample]]:
+        """The unit's samples in batches of one image size."""
+        by_size = sorted(self.plan.of(unit), key=lambda sample: sample.image_size)
+        groups = (list(group) for _, group in groupby(by_size, key=lambda sample: sample.image_size))
+        return [group[k : k + self.batch] for group in groups for k in range(0, len(group), self.batch)]
+
+    def prepare(self, planned: PlannedSample) -> Prepared:
+        """Decodes one image. Raises DataError when it is not the one that was planned."""
+        sample = self.samples[planned.id]
+        image = self.data.image(sample)
+        if image.shape[:2] != planned.image_size:
+            raise DataError(
+                f"{planned.id} decodes to {image.shape[0]}x{image.shape[1]} pixels, its header says "
+                f"{planned.image_size[0]}x{planned.image_size[1]}; repair or remove the file"
+            )
+        return Prepared(prepare(image, self.predictor.config.preprocessing), self.data.image_digest(sample))
+
+    def _code_unit(self, unit: Unit, prepared: Iterator[Prepared]) -> tuple[list[CodedSample], Statistics]:
+        results: dict[str, CodedSample] = {}
+        statistics = Statistics()
+        for batch in self.batches(unit):
+            inputs = list(islice(prepared, len(batch)))
+            coded = self._code_batch(batch, torch.stack([entry.input_3HW for entry in inputs]))
+            for k, (sample, entry) in enumerate(zip(batch, inputs, strict=True)):
+                results[sample.id] = CodedSample(
+                    image_digest=entry.digest,
+                    codes={name: target.codes[k].numpy() for name, target in coded.items()},
+                    rungs={name: int(target.rungs[k]) for name, target in coded.items()},
+                )
+                for name, target in coded.items():
+                    within = float(target.errors[k]) <= self.spec.targets[name].bound
+                    values = {measure: float(value[k]) for measure, value in target.measures.items()}
+                    statistics.add(name, int(target.rungs[k]), values, within_bound=within)
+        return [results[sample.id] for sample in self.plan.of(unit)], statistics
+
+    @torch.inference_mode()
+    def _code_batch(self, batch: Sequence[PlannedSample], inputs_N3HW: Tensor) -> dict[str, Coded]:
+        """The batch's targets, coded and brought to the host; in two halves when the device runs out of memory."""
+        size = batch[0].image_size
+        try:
+            log_probs, mapping = self.predictor.infer(inputs_N3HW, size, [sample.id for sample in batch])
+            coded = {
+                name: code(TARGETS[name](), target, log_probs, mapping, size)
+                for name, target in self.spec.targets.items()
+            }
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise NetworkError(
+                    f"the device has no memory for one image of {size[0]}x{size[1]} pixels; "
+                    'run on another device or with precision = "bf16"'
+                ) from None
+            half = len(batch) // 2
+            first = self._code_batch(batch[:half], inputs_N3HW[:half])
+            second = self._code_batch(batch[half:], inputs_N3HW[half:])
+            return {name: first[name].followed_by(second[name]) for name in first}
+        return {name: target.on_host() for name, target in coded.items()}
+
+
+def ahead(
+    executor: ThreadPoolExecutor, work: Callable[[Job], Result], jobs: Iterable[Job], depth: int
+) -> Iterator[Result]:
+    """``work`` of each job in order, with at most ``depth`` jobs under way before their turn."""
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for job in jobs:
+            waiting.append(executor.submit(work, job))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _write(
+    writer: CacheWriter,
+    unit: Unit,
+    coded: Sequence[CodedSample],
+    statistics: Statistics,
+    on_unit: Callable[[Unit, int | None], None],
+) -> None:
+    on_unit(unit, writer.write(unit, coded, statistics))
