@@ -1,0 +1,348 @@
+"""Batches are a pure function of (seed, step), hold the right cells, and never what must not be learned from."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from segkd.pipeline.data.batch import Batch
+from segkd.pipeline.data.sample import Classes, Role, Sample
+from segkd.pipeline.data.stream import StreamConfig, TrainStream, loader
+from segkd.pipeline.data.transforms import AugmentConfig
+from segkd.pipeline.models.network import Preprocessing
+from segkd.storage.errors import CacheMismatchError, ConfigError, ContaminationError, DataError
+from segkd.storage.geometry import Mapping, network_axis
+
+CLASSES = Classes(names=("a", "b"), palette=((0, 0, 0), (255, 255, 255)))
+AUGMENT = AugmentConfig(crop=(24, 20), scale=(0.5, 2.0), photometric=0.5, auxiliary_photometric=1.0)
+PLAIN = AugmentConfig(crop=(24, 20), photometric=0.0, auxiliary_photometric=0.0)
+
+
+@dataclass
+class FakeSource:
+    """Images that show their own coordinates: red = y, green = x, blue = sample."""
+
+    samples: tuple[Sample, ...]
+    forbidden: frozenset[Role] = frozenset({Role.AUXILIARY, Role.SELECT, Role.REPORT})
+    classes: Classes = CLASSES
+    label_size: tuple[int, int] | None = None
+    digests: list[str] = field(default_factory=list)
+
+    def size(self, sample: Sample) -> tuple[int, int]:
+        number = int(sample.id.split("/")[1])
+        return 30 + number, 40 - number
+
+    def image(self, sample: Sample) -> npt.NDArray[np.uint8]:
+        height, width = self.size(sample)
+        planes = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+        return np.stack([*planes, np.full((height, width), len(sample.id))], axis=-1).astype(np.uint8)
+
+    def image_digest(self, sample: Sample) -> bytes:
+        self.digests.append(sample.id)
+        return hashlib.sha256(self.image(sample).tobytes()).digest()
+
+    def labels(self, sample: Sample) -> npt.NDArray[np.uint8]:
+        assert sample.role not in self.forbidden, "the labels of such a sample must not be opened"
+        return np.ones(self.label_size or self.size(sample), np.uint8)
+
+
+@dataclass(frozen=True)
+class FakeEntry:
+    id: str
+    role: str
+    image_size: tuple[int, int]
+    mapping: Mapping
+    image_digest: bytes
+    rungs: dict[str, int]
+
+
+@dataclass
+class FakeSpec:
+    classes: tuple[str, ...] = CLASSES.names
+    targets: dict[str, None] = field(default_factory=lambda: {"soft": None, "first_order": None})
+
+
+class FakeReader:
+    """Codes that tell their own cell: channel 0 is the row + 1, channel 1 the column + 1."""
+
+    def __init__(self, source: FakeSource, stride: int = 4) -> None:
+        self.spec = FakeSpec()
+        self.table = {}
+        for rung, sample in enumerate(source.samples):
+            axes = [network_axis(pixels, -(-pixels // stride)) for pixels in source.size(sample)]
+            rungs = {"soft": rung, "first_order": 0}
+            digest = hashlib.sha256(source.image(sample).tobytes()).digest()
+            self.table[sample.id] = FakeEntry(
+                sample.id, sample.role, source.size(sample), Mapping(*axes), digest, rungs
+            )
+
+    def entry(self, sample_id: str) -> FakeEntry:
+        return self.table[sample_id]
+
+    def window(self, entry: FakeEntry, target: str, rows: range, columns: range) -> npt.NDArray[np.uint8]:  # noqa: ARG002
+        cells = np.stack(np.meshgrid(rows, columns, indexing="ij")) + 1
+        return cells[: 2 if target == "soft" else 1].astype(np.uint8)
+
+
+def make_source(**counts: int) -> FakeSource:
+    roles = counts or {"train": 5, "auxiliary": 7, "select": 2, "report": 2}
+    samples = [
+        Sample(id=f"{role}/{k}", role=Role(role), labelled=role != "auxiliary")
+        for role in sorted(roles)
+        for k in range(roles[role])
+    ]
+    return FakeSource(tuple(samples))
+
+
+def make_stream(
+    source: FakeSource | None = None,
+    cache: FakeReader | None = None,
+    *,
+    labelled: int = 2,
+    auxiliary: int = 3,
+    seed: int = 0,
+    augment: AugmentConfig = AUGMENT,
+    targets: tuple[str, ...] = ("soft", "first_order"),
+    distil: bool = True,
+) -> TrainStream:
+    source = source or make_source()
+    reader: Any = (cache or FakeReader(source)) if distil else None
+    config = StreamConfig(labelled=labelled, auxiliary=auxiliary, seed=seed)
+    return TrainStream(source, reader, targets, config, augment, Preprocessing())
+
+
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    found = [batch.images_N3HW, batch.labels_NHW, batch.labelled_N]
+    if batch.sources is not None:
+        sources = batch.sources
+        found += [sources.crop_S, sources.cell_to_crop_S22, sources.counts_Shw, sources.counts_first_Shw]
+        found += [*sources.codes.values(), *sources.rungs.values()]
+    return found
+
+
+def same(first: Batch, second: Batch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
+
+
+def test_every_epoch_draws_every_sample_once_in_another_order() -> None:
+    stream = make_stream()
+    drawn = list(itertools.chain.from_iterable(stream.draws(step) for step in range(35)))
+    for role, pool in (("train", 5), ("auxiliary", 7)):
+        draws = [draw for draw in drawn if draw.sample.role == role]
+        epochs = [[d.sample.id for d in draws[k : k + pool]] for k in range(0, len(draws), pool)]
+        assert len(epochs) == len(draws) // pool
+        assert all(Counter(epoch) == Counter(epochs[0]) for epoch in epochs)
+        assert len(set(map(tuple, epochs))) > 1
+        assert [d.epoch for d in draws] == [k // pool for k in range(len(draws))]
+    assert {draw.sample.role for draw in drawn} == {Role.TRAIN, Role.AUXILIARY}
+
+
+def test_batches_are_a_pure_function_of_seed_and_step() -> None:
+    forwards, backwards = make_stream(), make_stream()
+    first = [forwards[step] for step in range(4)]
+    second = [backwards[step] for step in reversed(range(4))][::-1]
+    assert all(map(same, first, second))
+    assert not same(first[0], first[1])
+    assert not same(first[0], make_stream(seed=1)[0])
+
+
+def test_a_sample_is_augmented_alike_whatever_it_is_batched_with() -> None:
+    small, large = make_stream(labelled=1, auxiliary=0), make_stream(labelled=5, auxiliary=3)
+    for k, draw in enumerate(large.draws(0)[:5]):
+        assert small.draws(k) == (draw,)
+        torch.testing.assert_close(small[k].images_N3HW[0], large[0].images_N3HW[k], rtol=0, atol=0)
+
+
+def test_the_same_crops_are_cut_with_and_without_a_cache() -> None:
+    distilled, alone = make_stream(auxiliary=0)[3], make_stream(auxiliary=0, distil=False)[3]
+    assert alone.sources is None
+    assert torch.equal(distilled.images_N3HW, alone.images_N3HW)
+    assert torch.equal(distilled.labels_NHW, alone.labels_NHW)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_the_number_of_workers_changes_nothing() -> None:
+    stream = make_stream()
+    state = torch.get_rng_state()
+    alone = list(loader(stream, 2, 7, workers=0))
+    many = list(loader(stream, 2, 7, workers=2))
+    assert len(alone) == len(many) == 5
+    assert all(map(same, alone, many))
+    assert same(alone[0], stream[2])
+    assert torch.equal(torch.get_rng_state(), state), "a loader must leave the global generator alone"
+
+
+def test_shapes_types_and_padding() -> None:
+    batch = make_stream()[0]
+    assert batch.images_N3HW.shape == (5, 3, 24, 20)
+    assert batch.images_N3HW.dtype == torch.float32
+    assert batch.images_N3HW.is_contiguous()
+    assert batch.labels_NHW.shape == (5, 24, 20)
+    assert batch.labels_NHW.dtype == torch.int64
+    assert batch.labelled_N.tolist() == [True, True, False, False, False]
+    sources = batch.sources
+    assert sources is not None
+    cells = sources.counts_Shw.shape
+    assert sources.crop_S.tolist() == [0, 1, 2, 3, 4]
+    assert sources.codes["soft"].shape == (5, 2, *cells[1:])
+    assert sources.codes["first_order"].shape == (5, 1, *cells[1:])
+    assert sources.codes["soft"].dtype == torch.uint8
+    held = sources.codes["soft"][:, 0] > 0
+    assert held.any(dim=2).any(dim=0).all(), "no row is padding in all windows"
+    assert held.any(dim=1).any(dim=0).all(), "no column is padding in all windows"
+    assert not sources.counts_Shw[~held].any()
+    assert not (sources.counts_first_Shw & ~sources.counts_Shw).any()
+    assert sources.rungs["soft"].dtype == torch.int64
+    stream = make_stream()
+    order = [sample.id for sample in make_source().samples]
+    assert sources.rungs["soft"].tolist() == [order.index(draw.sample.id) for draw in stream.draws(0)]
+
+
+def test_counting_cells_lie_where_the_image_says() -> None:
+    """Every code names its cell and every pixel its coordinate, so that both can be compared in the crop."""
+    source, stream = make_source(), make_stream(augment=replace(PLAIN, scale=(1.5, 2.5)))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (Preprocessing().mean, Preprocessing().std))
+    compared = 0
+    for step in range(3):
+        batch = stream[step]
+        assert batch.sources is not None
+        for k, draw in enumerate(stream.draws(step)):
+            entry = FakeReader(source).entry(draw.sample.id)
+            pixels = (batch.images_N3HW[k] * std + mean) * 255
+            for row, column in batch.sources.counts_Shw[k].nonzero().tolist():
+                cell_y, cell_x = (batch.sources.codes["soft"][k, :, row, column].int() - 1).tolist()
+                (scale_y, offset_y), (scale_x, offset_x) = batch.sources.cell_to_crop_S22[k].tolist()
+                shown = pixels[:, round(scale_y * row + offset_y), round(scale_x * column + offset_x)]
+                expected = entry.mapping.y.affine(cell_y), entry.mapping.x.affine(cell_x)
+                # Half a crop pixel of rounding, and a clamped border pixel.
+                assert shown[:2].tolist() == pytest.approx(expected, abs=1.1)
+                compared += 1
+    assert compared > 100
+
+
+def test_auxiliary_labels_are_never_opened_and_all_255() -> None:
+    batch = make_stream(labelled=0, auxiliary=7)[0]
+    assert (batch.labels_NHW == 255).all()
+    assert not batch.labelled_N.any()
+    labelled = make_stream(labelled=5, auxiliary=0)[0]
+    assert set(labelled.labels_NHW.unique().tolist()) <= {1, 255}
+    assert (labelled.labels_NHW == 1).any()
+
+
+def test_each_pool_has_its_own_photometric_strength() -> None:
+    plain = make_stream(augment=PLAIN)[0].images_N3HW
+    strong = make_stream(augment=replace(PLAIN, auxiliary_photometric=1.0))[0].images_N3HW
+    assert torch.equal(plain[:2], strong[:2])
+    assert all(not torch.equal(plain[k], strong[k]) for k in range(2, 5))
+
+
+def test_digests_are_computed_once_a_sample() -> None:
+    source = make_source()
+    stream = make_stream(source)
+    for step in range(10):
+        stream[step]
+    assert sorted(source.digests) == sorted({draw.sample.id for step in range(10) for draw in stream.draws(step)})
+
+
+def with_entry(sample_id: str, **changes: object) -> Callable[[FakeReader], None]:
+    def change(reader: FakeReader) -> None:
+        reader.table[sample_id] = replace(reader.table[sample_id], **changes)  # type: ignore[arg-type]
+
+    return change
+
+
+@pytest.mark.parametrize("role", ["select", "report"])
+def test_samples_for_choosing_or_reporting_are_refused(role: str) -> None:
+    source = make_source()
+    reader = FakeReader(source)
+    with_entry("train/3", role=role)(reader)
+    with_entry("auxiliary/1", role=role)(reader)
+    with pytest.raises(ContaminationError) as error:
+        make_stream(source, reader)
+    assert str(error.value) == (
+        f"sample train/3 has role train in the data but {role} in the cache, "
+        "and such samples must not be learned from; correct the lists of the data"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            with_entry("train/1", role="auxiliary"),
+            "sample train/1 has role train in the data but auxiliary in the cache; "
+            "correct the lists of the data, or run segkd teacher-cache again",
+        ),
+        (
+            with_entry("train/1", image_size=(3, 4)),
+            "the image of train/1 is 31x39 pixels, the teacher saw one of 3x4; run segkd teacher-cache again",
+        ),
+        (
+            with_entry("train/1", image_digest=b""),
+            "the image of train/1 is not the one that the teacher saw: its digest differs; "
+            "run segkd teacher-cache again",
+        ),
+        (
+            lambda reader: setattr(reader, "spec", FakeSpec(classes=("a", "c"))),
+            "the cache is of the classes a, c, the data of a, b; use a cache written for these data",
+        ),
+        (
+            lambda reader: setattr(reader, "spec", FakeSpec(targets={"soft": None})),
+            "the cache keeps no target 'first_order', only soft; "
+            "write it again with that target, or give its loss the weight 0",
+        ),
+    ],
+)
+def test_another_cache_is_refused(change: Callable[[FakeReader], None], message: str) -> None:
+    source = make_source()
+    reader = FakeReader(source)
+    change(reader)
+    with pytest.raises(CacheMismatchError) as error:
+        list(loader(make_stream(source, reader), 0, 3, workers=0))
+    assert str(error.value) == message
+
+
+def test_labels_of_another_size_are_refused() -> None:
+    source = replace(make_source(train=1), label_size=(5, 6))
+    with pytest.raises(DataError) as error:
+        make_stream(source, labelled=1, auxiliary=0)[0]
+    assert str(error.value) == (
+        "the labels of train/0 are 5x6 pixels, its image is 30x40; "
+        "they must be of one size: segkd data check lists all such samples"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"distil": False},
+            "a batch has 3 auxiliary samples but there is no cache; "
+            "they are learned from through the teacher alone: set auxiliary to 0, or distil",
+        ),
+        (
+            {"source": make_source(train=3)},
+            "a batch needs 3 samples of role auxiliary, but the data has none; "
+            "give some samples this role, or ask for 0",
+        ),
+        (
+            {"labelled": 0, "auxiliary": 0},
+            "labelled and auxiliary are both 0; a batch needs samples: raise one of them",
+        ),
+        ({"labelled": -1}, "labelled is -1; it must be 0 or more"),
+        ({"seed": -1}, "seed is -1; it must be 0 or more"),
+    ],
+)
+def test_bad_composition_says_what_to_do(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_stream(**arguments)
+    assert str(error.value) == message
