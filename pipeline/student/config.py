@@ -1,0 +1,107 @@
+"""How a network is trained: everything of a run but its data, network, losses and augmentation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from segkd.pipeline.models.predictor import Precision
+from segkd.storage.errors import ConfigError
+
+DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Durations are in optimiser steps; samples are counted a step."""
+
+    steps: int = 20_000
+    """Length of the run, and of its learning-rate schedule."""
+    labelled: int = 16
+    """Samples of role train in a batch."""
+    auxiliary: int = 0
+    """Samples of role auxiliary in a batch; they are learned from through the teacher alone."""
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum."""
+    learning_rate: float = 1e-3
+    """The highest rate, reached after the warm-up."""
+    backbone_rate: float = 1.0
+    """Factor on the learning rate of parameters inside a module called ``backbone``."""
+    weight_decay: float = 1e-2
+    """On weights; biases and normalisation have none."""
+    momentum: float = 0.9
+    """SGD's momentum, AdamW's beta1."""
+    warmup: int = 500
+    """Steps over which the rate rises linearly from almost nothing."""
+    power: float = 0.9
+    """The rate falls as ``(1 - t) ** power`` over the steps after the warm-up."""
+    clip: float = 0.0
+    """Greatest norm of the gradient; 0 leaves it alone."""
+    class_weights: tuple[float, ...] | Literal["log_frequency"] | None = None
+    """Weights of the cross entropy, one a class; "log_frequency" is ``1 / ln(1.02 + share of the labelled pixels)``."""
+    ema: float = 0.999
+    """Decay of the averaged network that is validated and kept, reached as ``(1 + t) / (10 + t)``; 0 = no average."""
+    amp: Precision = "off"
+    """Mixed precision of the network; losses are always computed in float32."""
+    seed: int = 0
+    """Of the initialisation, of the batches and of dropout."""
+    validate_every: int = 1000
+    """Steps between validations on role select, there is one at the end too; 0 never validates."""
+    checkpoint_every: int = 1000
+    """Steps between writes of last.safetensors, there is one at the end too."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Whether the same numbers also go to TensorBoard files in the output folder."""
+    workers: int = 0
+    """Processes that prepare batches; 0 prepares them in the training process."""
+    threads: int = 0
+    """Threads that torch computes with on the CPU; 0 leaves the number alone."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1"…; "auto" takes a GPU where there is one."""
+    deterministic: bool = False
+    """Whether torch may only use algorithms that give the same bits every time, on a GPU too; slower."""
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "steps": 1,
+            "labelled": 0,
+            "auxiliary": 0,
+            "warmup": 0,
+            "seed": 0,
+            "validate_every": 0,
+            "checkpoint_every": 1,
+            "log_every": 1,
+            "workers": 0,
+            "threads": 0,
+        }
+        for name, low in at_least.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be at least {low}")
+        for name in ("backbone_rate", "weight_decay", "power", "clip"):
+            self._check_finite(name, 0.0, math.inf, "0 or more")
+        self._check_finite("learning_rate", math.ulp(0.0), math.inf, "more than 0")
+        for name in ("momentum", "ema"):
+            self._check_finite(name, 0.0, math.nextafter(1.0, 0.0), "at least 0 and less than 1")
+        if self.labelled + self.auxiliary == 0:
+            raise ConfigError("train.labelled and train.auxiliary are both 0; a batch needs samples: raise one of them")
+        if self.warmup >= self.steps:
+            raise ConfigError(f"train.warmup is {self.warmup}, train.steps {self.steps}; the warm-up must be shorter")
+        if isinstance(self.class_weights, tuple):
+            self._check_class_weights(self.class_weights)
+        kind, _, index = self.device.partition(":")
+        if self.device != "auto" and (kind not in DEVICE_TYPES or not (index.isdecimal() or self.device == kind)):
+            raise ConfigError(f'train.device is {self.device!r}; it must be "auto", "cpu", "cuda" or such as "cuda:1"')
+
+    def _check_finite(self, name: str, low: float, high: float, expected: str) -> None:
+        value = getattr(self, name)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise ConfigError(f"train.{name} is {value}; it must be {expected}")
+
+    @staticmethod
+    def _check_class_weights(weights: tuple[float, ...]) -> None:
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+            raise ConfigError(
+                f"train.class_weights is {weights}; every weight must be 0 or more, and not all of them 0"
+            )
