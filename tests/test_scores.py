@@ -60,7 +60,7 @@ def test_scores_are_those_of_interpolate_argmax_and_one_matrix():
     source = Source()
     expected, near_edges = ConfusionMatrix(3), ConfusionMatrix(3)
     for sample in source.samples:
-        labels = torch.from_numpy(source.labels(sample))
+        labels = torch.tensor(source.labels(sample))
         logits, _ = predict(sample, source.image(sample))
         guess = F.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False).argmax(1)[0]
         expected.update(labels, guess)
@@ -116,24 +116,23 @@ def test_table_says_na_where_there_is_nothing():
 
 
 @pytest.mark.parametrize(("height", "width", "h", "w"), [(37, 53, 10, 14), (16, 16, 16, 16), (5, 40, 1, 3)])
-def test_strips_give_what_the_whole_picture_gives(monkeypatch, height, width, h, w):
+def test_tiles_give_what_the_whole_picture_gives_and_stay_small(monkeypatch, height, width, h, w):
     logits = torch.randn(1, 4, h, w, generator=torch.Generator().manual_seed(3))
     mapping = spanning(height, width, h, w)
     whole = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)[0]
-    monkeypatch.setattr(pixels, "STRIP_BYTES", 3 * 4 * 4 * width)
-    largest = 0
-    apply_weights = pixels.apply_weights
+    monkeypatch.setattr(pixels, "TILE_BYTES", 6 * 6 * 4 * 4)
+    sizes, apply_weights = [], pixels.apply_weights
 
-    def spy(*args):
-        nonlocal largest
-        strip = apply_weights(*args)
-        largest = max(largest, strip.numel() * 4, args[0].shape[2] * 4 * 4 * width)
-        return strip
+    def spy(values, *weights):
+        tile = apply_weights(values, *weights)
+        sizes.extend([values.nbytes, tile.nbytes])
+        return tile
 
     monkeypatch.setattr(pixels, "apply_weights", spy)
     assert torch.equal(label_map(logits, mapping, height, width), whole.argmax(0).to(torch.uint8))
     torch.testing.assert_close(confidence_map(logits, mapping, height, width), whole.softmax(0).amax(0))
-    assert largest <= 2 * pixels.STRIP_BYTES
+    # A tile of 6 x 6 pixels lies between at most 8 x 8 cells, when the cells are no smaller than pixels.
+    assert max(sizes) <= 8 * 8 * 4 * 4
 
 
 def test_cells_of_a_padded_network_lie_where_their_mapping_says():
