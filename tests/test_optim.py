@@ -43,10 +43,6 @@ class Small(nn.Module):
             {"class_weights": (1.0, -1.0)},
             "train.class_weights is (1.0, -1.0); every weight must be 0 or more, and not all of them 0",
         ),
-        (
-            {"device": "gpu"},
-            'train.device is \'gpu\'; it must be "auto", "cpu", "cuda" or such as "cuda:1"',
-        ),
         ({"checkpoint_every": 0}, "train.checkpoint_every is 0; it must be at least 1"),
     ],
 )
@@ -54,11 +50,6 @@ def test_bad_configuration(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         TrainConfig(**changes)
     assert str(caught.value) == message
-
-
-@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
-def test_devices_by_name(device: str) -> None:
-    assert TrainConfig(device=device).device == device
 
 
 def test_schedule_against_a_table() -> None:

@@ -9,8 +9,6 @@ from typing import Literal
 from segkd.pipeline.models.predictor import Precision
 from segkd.storage.errors import ConfigError
 
-DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -59,7 +57,7 @@ class TrainConfig:
     threads: int = 0
     """Threads that torch computes with on the CPU; 0 leaves the number alone."""
     device: str = "auto"
-    """"cpu", "cuda", "cuda:1"…; "auto" takes a GPU where there is one."""
+    """Where the network is trained: cpu, cuda, cuda:1; auto takes a GPU where there is one."""
     deterministic: bool = False
     """Whether torch may only use algorithms that give the same bits every time, on a GPU too; slower."""
 
@@ -90,9 +88,6 @@ class TrainConfig:
             raise ConfigError(f"train.warmup is {self.warmup}, train.steps {self.steps}; the warm-up must be shorter")
         if isinstance(self.class_weights, tuple):
             self._check_class_weights(self.class_weights)
-        kind, _, index = self.device.partition(":")
-        if self.device != "auto" and (kind not in DEVICE_TYPES or not (index.isdecimal() or self.device == kind)):
-            raise ConfigError(f'train.device is {self.device!r}; it must be "auto", "cpu", "cuda" or such as "cuda:1"')
 
     def _check_finite(self, name: str, low: float, high: float, expected: str) -> None:
         value = getattr(self, name)
