@@ -115,10 +115,13 @@ def test_one_more_sample_is_one_more_in_the_mean_over_samples(weights: dict[str,
         torch.testing.assert_close(after[3], after[2])
 
 
-@parametrise_knowledge
-def test_a_sample_without_valid_cells_is_not_counted(weights: dict[str, float]) -> None:
-    config = LossConfig(**weights)
-    before, after = gradients([A, B], config), gradients([A, B, Crop(seed=6, cells=(0, 0))], config)
+@pytest.mark.parametrize(
+    ("term", "cells"), [("zero-order", (0, 0)), ("first-order", (0, 0)), ("first-order", (1, 1))], ids=str
+)
+def test_a_sample_without_valid_cells_is_not_counted(term: str, cells: tuple[int, int]) -> None:
+    """A lone cell counts, but without its neighbours not for the first-order term."""
+    config = LossConfig(**KNOWLEDGE[term])
+    before, after = gradients([A, B], config), gradients([A, B, Crop(seed=6, cells=cells)], config)
     torch.testing.assert_close(after[:2], before)
     assert after[2].count_nonzero() == 0
 
