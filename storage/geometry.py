@@ -144,11 +144,12 @@ def network_axis(pixels: int, cells: int, *, convention: Convention = "span", st
 def resampling(target: Axis, source: Axis) -> npt.NDArray[np.float64]:
     """Weights ``(target.cells, source.cells)`` that bring values on ``source`` to the cells of ``target``.
 
-    Both axes lie in the same pixels. Where the source is coarser this is linear interpolation at the target's centres,
-    clamped at the outermost source cells, exactly as ``interpolate(mode="bilinear")`` does; where it is finer each
-    target is the mean over its own footprint. One formula covers both: the overlap of a box, as wide as the larger of
-    the two cells, with the boxes of the source. A footprint that would leave the source is narrowed on both sides
-    alike, so that its mean stays at the target's centre. Rows add to 1.
+    Both axes lie in the same pixels. Between its cells' centres the source is interpolated linearly, and it is constant
+    beyond the outermost ones, as in ``interpolate(mode="bilinear")``. Where its cells are no finer than the target's
+    that value at the target's centre is taken; where they are at least twice as fine, its mean over the target's
+    footprint; in between the width of the mean grows from nothing to the whole footprint, so that nothing jumps when a
+    scale passes 1. A mean that would reach beyond the outermost centres is narrowed on both sides alike: what is
+    linear in the source stays exactly linear. Rows add to 1.
     """
     to_source = target.affine.then(source.affine.inverse())
     centres = to_source.scale * np.arange(target.cells, dtype=np.float64) + to_source.offset
@@ -156,15 +157,26 @@ def resampling(target: Axis, source: Axis) -> npt.NDArray[np.float64]:
 
 
 def box_weights(
-    centres: npt.NDArray[np.float64], width: npt.NDArray[np.float64] | np.float64, cells: int
+    centres: npt.NDArray[np.float64], spacing: npt.NDArray[np.float64] | np.float64, cells: int
 ) -> npt.NDArray[np.float64]:
-    """:func:`resampling` for ``centres (..., t)`` and ``width (...)`` in units of source cells: ``(..., t, cells)``."""
-    clamped = np.clip(centres, 0.0, cells - 1.0)
-    to_border = np.minimum(clamped, cells - 1.0 - clamped) + 0.5
-    half = np.clip(np.expand_dims(np.asarray(width), -1) / 2, 0.5, to_border)[..., None]
-    index = np.arange(cells, dtype=np.float64)
-    upper = np.minimum(clamped[..., None] + half, index + 0.5)
-    lower = np.maximum(clamped[..., None] - half, index - 0.5)
-    weights = np.clip(upper - lower, 0.0, None)
-    total: npt.NDArray[np.float64] = weights / weights.sum(axis=-1, keepdims=True)
-    return total
+    """:func:`resampling` for ``centres (..., t)``, ``spacing (...)`` in units of source cells: ``(..., t, cells)``."""
+    inside = np.clip(centres, 0.0, cells - 1.0)
+    width = np.expand_dims(np.minimum(spacing, 2 * (np.asarray(spacing) - 1)), -1)
+    half = np.minimum(np.minimum(inside, cells - 1.0 - inside), width / 2)
+    half = np.maximum(half, _NO_WIDTH)[..., None]
+    distance = inside[..., None] - np.arange(cells, dtype=np.float64)
+    mean = (_hat_integral(distance + half) - _hat_integral(distance - half)) / (2 * half)
+    # The mean over a vanishing width is the value at the centre.
+    weights: npt.NDArray[np.float64] = np.where(half > _NO_WIDTH, mean, np.clip(1 - np.abs(distance), 0, None))
+    return weights
+
+
+_NO_WIDTH = 1e-6
+
+
+def _hat_integral(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The integral from -infinity to x of ``max(1 - |t|, 0)``, the share of a cell in a linear interpolation."""
+    rising = np.clip(x + 1, 0, 1)
+    falling = np.clip(1 - x, 0, 1)
+    integral: npt.NDArray[np.float64] = np.where(x < 0, rising**2 / 2, 1 - falling**2 / 2)
+    return integral
