@@ -5,6 +5,7 @@ Shapes: values N,C,h,w; pixels N,C,H,W.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,8 +17,8 @@ from segkd.storage.geometry import Axis, Mapping, resampling
 
 Weights = npt.NDArray[np.float64]
 
-STRIP_BYTES = 16 * 2**20
-"""Most that a strip of upsampled float32 values takes, unless a single row is larger."""
+TILE_BYTES = 4 * 2**20
+"""Most that a tile of upsampled float32 values takes, unless a single pixel takes more."""
 
 _LOWEST = -1e30
 """Stands in for -inf, which times a weight of 0 would be NaN; any share of it still loses against a log-probability."""
@@ -47,16 +48,29 @@ def to_pixels(values_NChw: Tensor, mapping: Mapping, height: int, width: int) ->
     return apply_weights(values_NChw, resampling(pixels_y, mapping.y), resampling(pixels_x, mapping.x))
 
 
-def pixel_strips(values_NChw: Tensor, mapping: Mapping, height: int, width: int) -> Iterator[Tensor]:
-    """:func:`to_pixels`, without gradient, for one run of rows after the other: ``(N, C, t, W)``.
+def pixel_tiles(
+    values_NChw: Tensor, mapping: Mapping, height: int, width: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """:func:`to_pixels`, one tile of pixels after the other: its rows, its columns and its values ``(N, C, t, u)``.
 
-    Only a strip of pixels, and of the cells behind it, is in memory at once. A value of -inf takes part as -1e30.
+    Only a tile is in memory at once, and each is computed from no more than the cells that it lies between, so memory
+    and work do not grow with the image's width. A value of -inf takes part as -1e30. Without gradient.
     """
-    values = values_NChw.float().clamp(min=_LOWEST)
-    rows = max(STRIP_BYTES // (4 * values.shape[0] * values.shape[1] * width), 1)
-    columns_Ww = resampling(Axis(1.0, 0.0, width), mapping.x)
-    for start in range(0, height, rows):
-        weights_th = resampling(Axis(1.0, float(start), min(rows, height - start)), mapping.y)
-        used = np.flatnonzero(weights_th.any(axis=0))
+    values = values_NChw.detach().float().clamp(min=_LOWEST)
+    side = max(math.isqrt(TILE_BYTES // (4 * values.shape[0] * values.shape[1])), 1)
+    columns = _tiles(mapping.x, width, side)
+    for pixels_y, cells_y, weights_th in _tiles(mapping.y, height, side):
+        for pixels_x, cells_x, weights_uw in columns:
+            yield pixels_y, pixels_x, apply_weights(values[..., cells_y, cells_x], weights_th, weights_uw)
+
+
+def _tiles(axis: Axis, pixels: int, side: int) -> list[tuple[slice, slice, Weights]]:
+    """For each run of ``side`` pixels: the run, the cells that it depends on, and their weights."""
+    tiles = []
+    for start in range(0, pixels, side):
+        stop = min(start + side, pixels)
+        weights = resampling(Axis(1.0, float(start), stop - start), axis)
+        used = np.flatnonzero(weights.any(axis=0))
         cells = slice(int(used[0]), int(used[-1]) + 1)
-        yield apply_weights(values[:, :, cells], weights_th[:, cells], columns_Ww)
+        tiles.append((slice(start, stop), cells, weights[:, cells].copy()))
+    return tiles

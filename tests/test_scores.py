@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from segkd.pipeline import resample
 from segkd.pipeline.data.sample import Classes, Role, Sample
-from segkd.pipeline.evaluation import pixels
 from segkd.pipeline.evaluation.metrics import BAND_PIXELS, ConfusionMatrix, boundary_band
 from segkd.pipeline.evaluation.pixels import confidence_map, label_map
 from segkd.pipeline.evaluation.scores import Scores, score
@@ -120,15 +120,15 @@ def test_tiles_give_what_the_whole_picture_gives_and_stay_small(monkeypatch, hei
     logits = torch.randn(1, 4, h, w, generator=torch.Generator().manual_seed(3))
     mapping = spanning(height, width, h, w)
     whole = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)[0]
-    monkeypatch.setattr(pixels, "TILE_BYTES", 6 * 6 * 4 * 4)
-    sizes, apply_weights = [], pixels.apply_weights
+    monkeypatch.setattr(resample, "TILE_BYTES", 6 * 6 * 4 * 4)
+    sizes, apply_weights = [], resample.apply_weights
 
     def spy(values, *weights):
         tile = apply_weights(values, *weights)
         sizes.extend([values.nbytes, tile.nbytes])
         return tile
 
-    monkeypatch.setattr(pixels, "apply_weights", spy)
+    monkeypatch.setattr(resample, "apply_weights", spy)
     assert torch.equal(label_map(logits, mapping, height, width), whole.argmax(0).to(torch.uint8))
     torch.testing.assert_close(confidence_map(logits, mapping, height, width), whole.softmax(0).amax(0))
     # A tile of 6 x 6 pixels lies between at most 8 x 8 cells, when the cells are no smaller than pixels.

@@ -5,22 +5,14 @@ Shapes: log-probabilities (or logits) 1,C,h,w on a native grid; pixels H,W.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from segkd.pipeline.resample import Weights, apply_weights
+from segkd.pipeline.resample import pixel_tiles
 from segkd.storage.errors import NetworkError, NonFiniteError
-from segkd.storage.geometry import Axis, Mapping, resampling
-
-TILE_BYTES = 4 * 2**20
-"""Most that a tile of upsampled float32 values takes, unless a single pixel takes more."""
-
-_LOWEST = -1e30
-"""Stands in for -inf, which times a weight of 0 would be NaN; any share of it still loses against a log-probability."""
+from segkd.storage.geometry import Mapping
 
 
 def label_map(log_probs_1Chw: Tensor, mapping: Mapping, height: int, width: int) -> Tensor:
@@ -52,32 +44,14 @@ def check_output(log_probs_1Chw: Tensor, num_classes: int, of: str) -> None:
 def _by_tiles(
     reduce: Callable[[Tensor], Tensor], log_probs_1Chw: Tensor, mapping: Mapping, height: int, width: int
 ) -> Tensor:
-    """``reduce`` (C,t,u -> t,u) of the values at the pixels, H,W.
-
-    As :func:`segkd.pipeline.resample.to_pixels`, but only a tile of pixels is in memory at once, and each is computed
-    from no more than the cells that it lies between.
-    """
-    values = log_probs_1Chw.float().clamp(min=_LOWEST)
-    if not values.isfinite().all():
+    """``reduce`` (C,t,u -> t,u) of the values at the pixels, H,W."""
+    if (log_probs_1Chw.isnan() | (log_probs_1Chw == torch.inf)).any():
         raise NonFiniteError("a network's output holds NaN or +inf; look at its weights and at how its input is made")
-    side = max(math.isqrt(TILE_BYTES // (4 * values.shape[1])), 1)
-    columns = _tiles(mapping.x, width, side)
-    return torch.cat(
-        [
-            torch.cat(
-                [reduce(apply_weights(values[..., y, x], rows_th, columns_uw)[0]) for x, columns_uw in columns], 1
-            )
-            for y, rows_th in _tiles(mapping.y, height, side)
-        ]
-    )
-
-
-def _tiles(axis: Axis, pixels: int, side: int) -> list[tuple[slice, Weights]]:
-    """For each run of ``side`` pixels: the cells that it depends on, and their weights."""
-    tiles = []
-    for start in range(0, pixels, side):
-        weights = resampling(Axis(1.0, float(start), min(side, pixels - start)), axis)
-        used = np.flatnonzero(weights.any(axis=0))
-        cells = slice(int(used[0]), int(used[-1]) + 1)
-        tiles.append((cells, weights[:, cells].copy()))
-    return tiles
+    reduced = None
+    for rows, columns, values_1Ctu in pixel_tiles(log_probs_1Chw, mapping, height, width):
+        tile = reduce(values_1Ctu[0])
+        if reduced is None:
+            reduced = tile.new_empty((height, width))
+        reduced[rows, columns] = tile
+    assert reduced is not None, "an image has pixels"
+    return reduced

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from segkd.pipeline.first_order import EPSILON, Features, features_of, first_order_map
-from segkd.pipeline.resample import pixel_strips
+from segkd.pipeline.resample import pixel_tiles
 from segkd.pipeline.teacher.config import CacheConfig
 from segkd.storage.coding import SOFTMAX_REACH, CompandedDistribution, UniformSteps
 from segkd.storage.errors import NonFiniteError
@@ -65,8 +65,8 @@ class SoftTargets:
         kl = torch.zeros_like(kl_cells)
         changed = torch.zeros_like(kl_cells)
         height, width = image_size
-        strips = (pixel_strips(scores, mapping, height, width) for scores in (values, decoded))
-        for teacher, kept in zip(*strips, strict=True):
+        tiles = (pixel_tiles(scores, mapping, height, width) for scores in (values, decoded))
+        for (_, _, teacher), (_, _, kept) in zip(*tiles, strict=True):
             kl += kl_divergence(teacher.log_softmax(1), kept.log_softmax(1)).sum((1, 2), dtype=torch.float64)
             changed += (teacher.argmax(1) != kept.argmax(1)).sum((1, 2))
         pixels = height * width
