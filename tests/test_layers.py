@@ -20,8 +20,8 @@ REACH = {"storage": {"storage"}, "pipeline": {"pipeline", "storage"}, "cli": {"c
 CLOSED = {"storage": {"torch", "torchvision", "click"}, "pipeline": {"click"}, "cli": set[str]()}
 """Which third-party packages never enter a room."""
 
-GROUPS = {"segkd.cli", "segkd.cli.__main__", "segkd.cli.main"}
-"""The modules of the command line that gather commands; they alone import them."""
+GROUPS = {"segkd.cli", "segkd.cli.__main__", "segkd.cli.main", "segkd.cli.reference"}
+"""The modules of the command line that gather the commands or describe them; they alone import them."""
 
 SHARED = {"segkd.cli.options"}
 """The modules of the command line that commands may import; whatever else is there is a command."""

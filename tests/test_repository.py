@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import pytest
 
-from segkd.cli.main import main
+from segkd.cli.reference import commands
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("storage", "pipeline", "cli", "packaging", "examples", "benchmarks")
@@ -24,15 +22,6 @@ def text_files() -> list[Path]:
         path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix in TEXT
     ]
     return sorted(path for path in top + inside if "__pycache__" not in path.parts)
-
-
-def command_paths(group: click.Command, prefix: str = "segkd") -> Iterator[str]:
-    """Every command as it is typed: ``segkd cache info``."""
-    if not isinstance(group, click.Group):
-        yield prefix
-        return
-    for name, command in group.commands.items():
-        yield from command_paths(command, f"{prefix} {name}")
 
 
 def documentation() -> dict[Path, str]:
@@ -68,7 +57,7 @@ def test_the_readme_shows_both_stages_and_how_to_test() -> None:
         assert words in readme
 
 
-@pytest.mark.parametrize("command", sorted(command_paths(main)))
+@pytest.mark.parametrize("command", [path for path, _ in commands()])
 def test_every_command_stands_in_the_documentation(command: str) -> None:
     assert any(command in text for text in documentation().values())
 
