@@ -1,0 +1,416 @@
+"""The cache on disk: what is written is read, units are whole or absent, a plan is a pure function of its list."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segkd.storage import publish
+from segkd.storage.coding import CompandedDistribution, Raw
+from segkd.storage.errors import (
+    CacheDamagedError,
+    CacheError,
+    CacheExistsError,
+    CacheMismatchError,
+    CacheNotFoundError,
+    IncompleteCacheError,
+)
+from segkd.storage.geometry import Mapping, network_axis
+from segkd.storage.layout import Plan, PlannedSample, plan_units, tile_shape
+from segkd.storage.reader import CacheReader
+from segkd.storage.spec import CacheSpec, TargetSpec
+from segkd.storage.statistics import Measure, Statistics
+from segkd.storage.writer import CacheWriter, CodedSample, cut_into_tiles
+
+TILE = 8
+SIZES = ((30, 50), (64, 64), (9, 100), (120, 33), (8, 8), (64, 64), (200, 200))
+
+
+def planned(number: int, size: tuple[int, int], role: str = "train") -> PlannedSample:
+    mapping = Mapping(network_axis(size[0], -(-size[0] // 4)), network_axis(size[1], -(-size[1] // 4)))
+    return PlannedSample(id=f"{role}/{number:03}", role=role, image_size=size, mapping=mapping)
+
+
+def small_plan(unit_samples: int = 2) -> Plan:
+    samples = [planned(k, size) for k, size in enumerate(SIZES)] + [planned(k, SIZES[k], "report") for k in range(3)]
+    return plan_units(samples, unit_samples=unit_samples, tile=TILE)
+
+
+def spec_for(plan: Plan, **changes: str) -> CacheSpec:
+    targets = {
+        "soft": TargetSpec(name="soft", channels=3, coder=CompandedDistribution(), bound=1e-3, parameters={}),
+        "ramps": TargetSpec(name="ramps", channels=2, coder=Raw(), bound=0.0, parameters={}),
+    }
+    fingerprints = {"teacher": "t", "preprocessing": "p", "classes": "c", "coding": "k", **changes}
+    return CacheSpec(
+        classes=("a", "b", "c"), targets=targets, plan=plan.spec, fingerprints=fingerprints, teacher={"reference": "x"}
+    )
+
+
+def codes_of(sample: PlannedSample) -> CodedSample:
+    """Codes that tell sample, channel and cell apart."""
+    seed = int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:4], "big")
+    rng = np.random.default_rng(seed)
+    height, width = sample.mapping.shape
+    y = sample.mapping.y.scale * np.arange(height) + sample.mapping.y.offset
+    x = sample.mapping.x.scale * np.arange(width) + sample.mapping.x.offset
+    return CodedSample(
+        image_digest=hashlib.sha256(sample.id.encode()).digest(),
+        codes={
+            "soft": rng.integers(0, 256, (3, height, width), np.uint8),
+            "ramps": np.stack(np.meshgrid(y, x, indexing="ij")).astype(np.float32),
+        },
+        rungs={"soft": 0, "ramps": 0},
+    )
+
+
+def statistics_of(samples: Sequence[PlannedSample]) -> Statistics:
+    statistics = Statistics()
+    for sample in samples:
+        statistics.add("soft", 0, {"kl": len(sample.id) * 1e-4 + sample.image_size[0] * 1e-6}, within_bound=True)
+    return statistics
+
+
+def write_units(writer: CacheWriter, units: Sequence[int] | None = None) -> None:
+    for unit in writer.plan.units:
+        if units is None or unit.number in units:
+            samples = writer.plan.of(unit)
+            writer.write(unit, [codes_of(sample) for sample in samples], statistics_of(samples))
+
+
+def write_cache(path: Path) -> Plan:
+    plan = small_plan()
+    writer = CacheWriter(path, spec_for(plan), plan)
+    write_units(writer)
+    assert writer.seal()
+    return plan
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 99), st.integers(1, 99)), min_size=1, max_size=12), st.integers(1, 5), st.data()
+)
+def test_a_plan_does_not_depend_on_the_order_and_gives_every_sample_its_own_tiles(
+    sizes: list[tuple[int, int]], unit_samples: int, data: st.DataObject
+) -> None:
+    samples = [planned(k, size, ("train", "report")[k % 2]) for k, size in enumerate(sizes)]
+    plan = plan_units(samples, unit_samples=unit_samples, tile=TILE)
+    assert plan == plan_units(data.draw(st.permutations(samples)), unit_samples=unit_samples, tile=TILE)
+    used: set[int] = set()
+    for unit in plan.units:
+        owned = range(
+            unit.first_shard * plan.spec.shard_tiles, (unit.first_shard + unit.shards) * plan.spec.shard_tiles
+        )
+        assert unit.samples <= unit_samples
+        for sample, first in zip(plan.of(unit), unit.first_tiles, strict=True):
+            tiles = set(range(first, first + sample.tiles(TILE)))
+            assert sample.role == unit.role
+            assert tiles <= set(owned)
+            assert not tiles & used
+            used |= tiles
+    assert sum(unit.samples for unit in plan.units) == len(samples)
+    assert sum(unit.shards for unit in plan.units) == plan.spec.shards
+
+
+def test_an_empty_list_and_an_id_twice_are_refused() -> None:
+    with pytest.raises(CacheError, match=r"^there is no sample to cache; check the roles and the lists of the data$"):
+        plan_units([], unit_samples=1, tile=8)
+    with pytest.raises(CacheError, match=r"^two samples have the id 'train/001'; ids must be unique in a cache$"):
+        plan_units([planned(1, (8, 8)), planned(1, (9, 9))], unit_samples=1, tile=8)
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 9))
+def test_tiles_are_cut_row_by_row(height: int, width: int, tile: int) -> None:
+    codes = np.arange(1, 2 * height * width + 1, dtype=np.int64).reshape(2, height, width)
+    tiles = cut_into_tiles(codes, tile, codes.dtype)
+    rows, columns = tile_shape((height, width), tile)
+    assert tiles.shape == (rows * columns, 2, tile, tile)
+    for number, (row, column) in enumerate(np.ndindex(rows, columns)):
+        part = codes[:, row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
+        np.testing.assert_array_equal(tiles[number][:, : part.shape[1], : part.shape[2]], part)
+        assert np.count_nonzero(tiles[number]) == part.size
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    plan = write_cache(tmp_path / "cache.zarr")
+    reader = pickle.loads(pickle.dumps(CacheReader(tmp_path / "cache.zarr")))
+    assert [entry.id for entry in reader.entries()] == [sample.id for sample in plan.samples]
+    assert len(reader.entries("report")) == 3
+    for sample in plan.samples:
+        entry, coded = reader.entry(sample.id), codes_of(sample)
+        assert (entry.image_size, entry.mapping, entry.role) == (sample.image_size, sample.mapping, sample.role)
+        assert entry.image_digest == coded.image_digest
+        for target, codes in coded.codes.items():
+            height, width = entry.mapping.shape
+            np.testing.assert_array_equal(reader.window(entry, target, range(height), range(width)), codes)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_window_is_the_part_of_the_whole(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = tmp_path_factory.getbasetemp() / "windows.zarr"
+    if not path.exists():
+        write_cache(path)
+    reader = CacheReader(path)
+    sample = data.draw(st.sampled_from(small_plan().samples))
+    height, width = sample.mapping.shape
+    y0, x0 = data.draw(st.integers(0, height)), data.draw(st.integers(0, width))
+    rows, columns = range(y0, data.draw(st.integers(y0, height))), range(x0, data.draw(st.integers(x0, width)))
+    window = reader.window(reader.entry(sample.id), "ramps", rows, columns)
+    expected = codes_of(sample).codes["ramps"][:, rows.start : rows.stop, columns.start : columns.stop]
+    np.testing.assert_array_equal(window, expected)
+
+
+def test_zarr_alone_reads_a_sample(tmp_path: Path) -> None:
+    plan = write_cache(tmp_path / "cache.zarr")
+    root = zarr.open_group(tmp_path / "cache.zarr", mode="r")
+    spec = root.attrs["segkd"]
+    unit = plan.units[0]
+    first = unit.first_tiles[0]
+    rows, columns = tile_shape(plan.samples[0].mapping.shape, spec["plan"]["tile"])
+    tiles = root["soft"][first : first + rows * columns]
+    whole = tiles.reshape(rows, columns, 3, TILE, TILE).transpose(2, 0, 3, 1, 4).reshape(3, rows * TILE, columns * TILE)
+    height, width = plan.samples[0].mapping.shape
+    np.testing.assert_array_equal(whole[:, :height, :width], codes_of(plan.samples[0]).codes["soft"])
+    assert sorted(name for name, _ in root.members()) == ["commits", "ramps", "samples", "soft"]
+
+
+def test_every_chunk_has_a_checksum(tmp_path: Path) -> None:
+    write_cache(tmp_path / "cache.zarr")
+    for name in ("soft", "ramps", "samples"):
+        metadata = json.loads((tmp_path / "cache.zarr" / name / "zarr.json").read_text())
+        assert '"checksum": true' in json.dumps(metadata["codecs"])
+
+
+def test_any_order_and_any_interruption_give_the_same_bytes(tmp_path: Path) -> None:
+    write_cache(tmp_path / "whole.zarr")
+    plan = small_plan()
+    for units in ([3, 1], [0], None):
+        writer = CacheWriter(tmp_path / "parts.zarr", spec_for(plan), plan)
+        assert 3 not in [unit.number for unit in writer.pending()] or units == [3, 1]
+        write_units(writer, units)
+    assert writer.seal()
+    assert files_of(tmp_path / "parts.zarr") == files_of(tmp_path / "whole.zarr")
+
+
+def test_an_unfinished_cache_says_how_far_it_is(tmp_path: Path) -> None:
+    plan = small_plan()
+    writer = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    write_units(writer, [0])
+    assert not writer.seal()
+    with pytest.raises(
+        IncompleteCacheError, match=r"c.zarr is not finished: 1 of \d+ units are written; run segkd teacher-cache again"
+    ):
+        CacheReader(tmp_path / "c.zarr")
+    assert len(CacheReader(tmp_path / "c.zarr", partial=True).entries()) == plan.units[0].samples
+
+
+def test_the_second_of_two_owners_loses_politely(tmp_path: Path) -> None:
+    plan = small_plan()
+    first, second = (CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan) for _ in range(2))
+    samples = plan.of(plan.units[0])
+    coded = [codes_of(sample) for sample in samples]
+    assert first.write(plan.units[0], coded, statistics_of(samples)) is not None
+    before = files_of(tmp_path / "c.zarr")
+    assert (
+        second.write(plan.units[0], [*coded[:-1], codes_of(planned(77, samples[-1].image_size))], Statistics()) is None
+    )
+    assert files_of(tmp_path / "c.zarr") == before
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import importlib.util
+spec = importlib.util.spec_from_file_location("cases", {file!r})
+cases = importlib.util.module_from_spec(spec)
+sys.modules["cases"] = cases
+spec.loader.exec_module(cases)
+from pathlib import Path
+from segkd.storage import publish
+plan = cases.small_plan()
+writer = cases.CacheWriter(Path({path!r}), cases.spec_for(plan), plan)
+writer.pending()
+left = [int(sys.argv[1])]
+def hook(event, args):
+    # Every change that the file system is asked for is a moment to die at.
+    if event in ("open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
+        if {path!r} in str(args[0]):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+cases.write_units(writer)
+writer.seal()
+"""
+
+
+def test_a_kill_at_any_change_of_the_file_system_loses_nothing(tmp_path: Path) -> None:
+    write_cache(tmp_path / "whole.zarr")
+    path = tmp_path / "killed.zarr"
+    script = KILLED.format(tests=str(Path(__file__).parent), file=__file__, path=str(path))
+    kills = 0
+    for moment in [1, 2, 3, 5, 8, 13, 4, 6, 9, 11, 15, 17, 19, 21, 7, 10]:
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(moment)], check=False)
+        kills += done.returncode == -signal.SIGKILL
+        committed = sorted(file.name for file in (path / "commits").glob("0*.json"))
+        for name in committed:
+            record = json.loads((path / "commits" / name).read_bytes())
+            for place, entry in record["objects"].items():
+                assert hashlib.sha256((path / place).read_bytes()).hexdigest() == entry["sha256"]
+    plan = small_plan()
+    writer = CacheWriter(path, spec_for(plan), plan)
+    write_units(writer, [unit.number for unit in writer.pending()])
+    assert writer.seal()
+    assert kills >= 8
+    assert files_of(path) == files_of(tmp_path / "whole.zarr")
+
+
+def test_a_decided_unit_is_finished_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = small_plan()
+    writer = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(publish.UnitPublisher, "_promote", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(publish.shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            write_units(writer, [0])
+    assert not writer.publisher.committed(0)
+    again = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    assert 0 not in [unit.number for unit in again.pending()]
+    write_units(again, [unit.number for unit in again.pending()])
+    assert again.seal()
+    write_cache(tmp_path / "whole.zarr")
+    assert files_of(tmp_path / "c.zarr") == files_of(tmp_path / "whole.zarr")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (28, "the disk is full; free some space"),
+        (30, "the file system is read-only; remount it or choose another path"),
+    ],
+)
+def test_a_disk_that_refuses_leaves_finished_units_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    plan = small_plan()
+    writer = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    write_units(writer, [0])
+    before = files_of(tmp_path / "c.zarr")
+
+    def refuse(path: Path, content: bytes) -> None:
+        path.write_bytes(content[: len(content) // 2])
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(publish, "write_synced", refuse)
+    with pytest.raises(CacheError) as caught:
+        write_units(writer, [1])
+    assert str(caught.value) == (
+        f"cannot write to {tmp_path / 'c.zarr'}: {remedy}, then run the same command again: finished units are kept"
+    )
+    assert files_of(tmp_path / "c.zarr") == before
+
+
+def test_another_teacher_is_named_and_nothing_changes(tmp_path: Path) -> None:
+    plan = write_cache(tmp_path / "c.zarr")
+    before = files_of(tmp_path / "c.zarr")
+    with pytest.raises(CacheMismatchError) as caught:
+        CacheWriter(tmp_path / "c.zarr", spec_for(plan, teacher="another", coding="other"), plan)
+    assert str(caught.value) == (
+        f"{tmp_path / 'c.zarr'} was written with another teacher, coding; "
+        "give this run another cache path, or remove the old cache"
+    )
+    other = plan_units(plan.samples[:-1], unit_samples=2, tile=TILE)
+    with pytest.raises(CacheMismatchError, match="was written with another list of samples; give this run another"):
+        CacheWriter(tmp_path / "c.zarr", spec_for(other), other)
+    assert files_of(tmp_path / "c.zarr") == before
+
+
+def test_something_else_is_never_written_into(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    plan = small_plan()
+    with pytest.raises(CacheExistsError, match="photos exists and is not a cache; choose another path or remove it"):
+        CacheWriter(tmp_path / "photos", spec_for(plan), plan)
+    zarr.create_group(tmp_path / "other.zarr")
+    with pytest.raises(
+        CacheExistsError, match=r"other.zarr is a Zarr group but not a segkd cache; choose another path"
+    ):
+        CacheWriter(tmp_path / "other.zarr", spec_for(plan), plan)
+
+
+def test_there_is_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(
+        CacheNotFoundError, match=r"there is no cache at .*none.zarr; write one with segkd teacher-cache"
+    ):
+        CacheReader(tmp_path / "none.zarr")
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c.zarr")
+    root = tmp_path / "c.zarr" / "zarr.json"
+    document = json.loads(root.read_text())
+    document["attributes"]["segkd"]["format"] = "2.0"
+    root.write_text(json.dumps(document))
+    with pytest.raises(
+        CacheMismatchError, match=r"has cache format 2.0, this version of segkd reads 0.1; write it again"
+    ):
+        CacheReader(tmp_path / "c.zarr")
+
+
+def test_an_unknown_sample_is_named(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c.zarr")
+    with pytest.raises(
+        CacheMismatchError, match=r"c.zarr holds no sample 'train/999'; its lists differ from the data's"
+    ):
+        CacheReader(tmp_path / "c.zarr").entry("train/999")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_damaged_tile_is_not_returned(tmp_path: Path, damage: str) -> None:
+    plan = write_cache(tmp_path / "c.zarr")
+    shard = tmp_path / "c.zarr" / "soft" / "c" / "0" / "0" / "0" / "0"
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 1
+    shard.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    reader = CacheReader(tmp_path / "c.zarr")
+    entry = reader.entry(plan.samples[0].id)
+    with pytest.raises(CacheDamagedError, match=r"tile 0 of .*soft cannot be read \(.*restore the cache or write it"):
+        reader.window(entry, "soft", range(1), range(1))
+
+
+@given(st.lists(st.floats(0, 1e3), max_size=12), st.integers(0, 12))
+def test_statistics_add_exactly_in_any_grouping(values: list[float], cut: int) -> None:
+    whole, left, right = Measure(), Measure(), Measure()
+    for k, value in enumerate(values):
+        whole.add(value)
+        (left if k < cut else right).add(value)
+    right.merge(left)
+    assert right == whole
+    assert Measure.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
+    assert sum(whole.histogram.values()) == len(values)
+    if values:
+        assert whole.mean == pytest.approx(float(np.mean(values)), abs=1e-11)
+        assert whole.largest == pytest.approx(max(values), abs=1e-11)
+
+
+def test_a_measure_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^a coding measure must be finite, got nan$"):
+        Measure().add(float("nan"))
