@@ -40,7 +40,7 @@ class Progress:
         """Reports on ``total`` units of work, of which ``done`` were finished before."""
         if self.mode == "bar":
             with tqdm(
-                total=total, desc=title, unit=f" {unit}s", initial=done, file=sys.stderr, dynamic_ncols=True
+                total=total, desc=title, unit=f" {unit}s", initial=done, file=sys.stderr, dynamic_ncols=True, leave=None
             ) as bar:
                 yield _Bar(bar)
         elif self.mode == "lines":

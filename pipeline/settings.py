@@ -103,7 +103,12 @@ def to_toml(config: Any) -> str:
 
     TOML has no None, so keys that hold it are left out; settings that may be None have it for their default.
     """
-    return "\n".join(_table((), to_dict(config))).strip() + "\n"
+    return tables_to_toml(to_dict(config))
+
+
+def tables_to_toml(tables: Mapping[str, Any]) -> str:
+    """A JSON document's tables as TOML, without the keys that hold None."""
+    return "\n".join(_table((), tables)).strip() + "\n"
 
 
 def to_toml_value(value: Any) -> str:

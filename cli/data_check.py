@@ -1,0 +1,51 @@
+"""``segkd data check``: what a data set holds and what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from segkd.cli.options import json_option, overwrite_option, progress, run_options, show, verbosity_options
+from segkd.storage.errors import OutputExistsError
+
+if TYPE_CHECKING:
+    from segkd.pipeline.config import RunConfig
+
+
+@click.command("check", short_help="Count, measure, complain; draft a description.")
+@click.argument("folder", metavar="[FOLDER]", required=False)
+@click.option("--write", metavar="FILE", help="Draft a run file that describes FOLDER by what is found in it.")
+@overwrite_option
+@run_options(required=False)
+@json_option
+@verbosity_options
+def data_check(run: RunConfig | None, folder: str | None, write: str | None, overwrite: bool, as_json: bool) -> None:
+    """Read every image and label map of the run file's [data]: count, measure, complain.
+
+    With FOLDER and --write it drafts a run file first, and checks what that describes. Ends with status 1 where the
+    data cannot be used.
+    """
+    if run is None and folder is not None and write is not None:
+        run = _drafted(folder, write, overwrite=overwrite)
+    elif run is None or folder is not None or write is not None:
+        raise click.UsageError("Give either the run file (--config), or a FOLDER and where to --write its description.")
+
+    from segkd.pipeline.data.check import check
+
+    report = check(run.data, progress=progress())
+    complaints = [f"{complaint.severity}: {complaint.message}" for complaint in report.complaints]
+    show(report.to_dict(), "\n".join([report.table(), *complaints]), as_json=as_json)
+    if not report.ok:
+        click.get_current_context().exit(1)
+
+
+def _drafted(folder: str, file: str, *, overwrite: bool) -> RunConfig:
+    from segkd.pipeline.config import load
+    from segkd.pipeline.data.draft import draft
+
+    if Path(file).exists() and not overwrite:
+        raise OutputExistsError(f"{file} exists; name another file, or replace it with --overwrite")
+    Path(file).write_text(draft(folder), encoding="utf-8")
+    return load(file)

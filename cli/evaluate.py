@@ -1,0 +1,75 @@
+"""``segkd evaluate``: scores and speed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from segkd.cli.options import (
+    device_option,
+    json_option,
+    progress,
+    reference_option,
+    run_options,
+    show,
+    verbosity_options,
+)
+
+if TYPE_CHECKING:
+    from segkd.pipeline.config import RunConfig
+
+ROLES = ("train", "auxiliary", "select", "report")
+
+
+@click.command("evaluate", short_help="Score a checkpoint, a network or a cached teacher.")
+@click.argument("checkpoint", metavar="[CHECKPOINT]", required=False)
+@click.option("--teacher", "subject", flag_value="teacher", help="Score the network of the run file's [teacher].")
+@click.option("--student", "subject", flag_value="student", help="Score the network of the run file's [student].")
+@click.option("--cache", "subject", flag_value="cache", help="Score the teacher as the run's cache keeps it.")
+@click.option("--role", type=click.Choice(ROLES), default="report", show_default=True, help="The samples to score.")
+@click.option("--speed", is_flag=True, help="Measure the network's latency too, at the size of the first sample.")
+@reference_option
+@device_option
+@run_options(required=False)
+@json_option
+@verbosity_options
+def evaluate(
+    run: RunConfig | None,
+    checkpoint: str | None,
+    subject: str | None,
+    role: str,
+    speed: bool,
+    reference: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Score CHECKPOINT, a network of the run file, or a cached teacher: IoU a class, mIoU, mAcc, aAcc, boundary mIoU.
+
+    The data are those of the run file; without one, those that CHECKPOINT was trained with.
+    """
+    if (checkpoint is None) == (subject is None):
+        raise click.UsageError("Name one thing to score: CHECKPOINT, --teacher, --student or --cache.")
+    if run is None and checkpoint is None:
+        raise click.UsageError(f"Missing option '-c' / '--config': the run file that describes the {subject}.")
+
+    from segkd.pipeline.data.readers import open_data
+    from segkd.pipeline.data.sample import Role
+    from segkd.pipeline.device import find_device
+    from segkd.pipeline.evaluation import evaluate as evaluation
+    from segkd.storage.reader import CacheReader
+
+    source = open_data(run.data if run is not None else evaluation.data_of_checkpoint(str(checkpoint)))
+    if run is not None and subject == "cache":
+        result = evaluation.evaluate_cache(CacheReader(run.cache.path), source, Role(role), progress=progress())
+    else:
+        where = find_device(device)
+        if run is None or checkpoint is not None:
+            predictor, _ = evaluation.checkpoint_predictor(
+                str(checkpoint), source.classes, reference=reference, device=where
+            )
+        else:
+            network = run.the_teacher() if subject == "teacher" else run.the_student()
+            predictor = evaluation.described_predictor(network, source.classes, device=where)
+        result = evaluation.evaluate_network(predictor, source, Role(role), speed=speed, progress=progress())
+    show(result.to_dict(), result.text(), as_json=as_json)
