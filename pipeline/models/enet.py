@@ -86,8 +86,8 @@ class Downsampling(nn.Module):
         self.activation = nn.PReLU(out_channels)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        height, width = features.shape[-2:]
-        extension = self.extension(F.pad(features, (0, width % 2, 0, height % 2)))
+        # Halved upwards: the added row and column are read where a side is odd.
+        extension = self.extension(F.pad(features, (0, 1, 0, 1)))
         maxima, positions = _halve(features)
         main = F.pad(maxima, (0, 0, 0, 0, 0, self.added))
         return self.activation(main + extension), positions

@@ -168,8 +168,9 @@ def _load_script(path: str) -> nn.Module:
             warnings.simplefilter("ignore", DeprecationWarning)
             network: nn.Module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
     except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
         raise NetworkError(
-            f"{path}: not a TorchScript file ({str(error).splitlines()[0]}); weights alone belong in init as .pth, "
+            f"{path}: not a TorchScript file ({reason}); weights alone belong in init as .pth, "
             "with the network's own reference"
         ) from error
     return network

@@ -5,7 +5,6 @@ Nothing in such a file can run: ``.safetensors``, or ``.pth`` read with ``weight
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,10 +110,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise NetworkError(f"{path}: there is no such file of weights; check the path of init") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+    except Exception as error:  # of bytes that are anything, the unpickler raises anything
+        reason = str(error).partition("\n")[0]
         raise NetworkError(
-            f"{path}: cannot be read as weights alone ({str(error).splitlines()[0]}); save the network's state_dict, "
-            "which holds tensors and nothing that runs"
+            f"{path}: cannot be read as weights alone ({type(error).__name__}: {reason}); save the network's "
+            "state_dict, which holds tensors and nothing that runs"
         ) from error
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         holds = _some([str(key) for key in content]) if isinstance(content, Mapping) else type(content).__name__
