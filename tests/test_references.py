@@ -1,33 +1,25 @@
-"""References to networks, their descriptions, and the weights that they start from."""
+"""References to networks, and what networks say of themselves."""
 
 from __future__ import annotations
 
-import logging
 import sys
 import textwrap
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from segkd.pipeline.data.sample import Classes
-from segkd.pipeline.models.deeplab import deeplabv3plus_mobilenetv2
-from segkd.pipeline.models.foreign import ForeignNetwork
 from segkd.pipeline.models.network import Grid, NetworkConfig, Preprocessing
 from segkd.pipeline.models.references import BUILT_IN, described, load_network
-from segkd.pipeline.models.weights import Mismatch, warm_start
+from segkd.pipeline.student import checkpoint
 from segkd.storage.errors import ConfigError, NetworkError
 
-SHARED = Path(__file__).parents[1] / "../shared"
-MOBILENET_V2 = SHARED / "weights/mobilenet_v2-b0353104.pth"
-TEACHER = SHARED / "teachers/camvid_teacher.py"
+TEACHER = Path(__file__).parents[1] / "../shared/teachers/camvid_teacher.py"
 
 NETWORK_FILE = """
     from dataclasses import dataclass
@@ -63,27 +55,6 @@ def write(folder: Path, text: str = NETWORK_FILE, name: str = "user_net.py") -> 
     path = folder / name
     path.write_text(textwrap.dedent(text))
     return str(path)
-
-
-def foreign(network: nn.Module, num_classes: int = 2, **settings: Any) -> ForeignNetwork:
-    return ForeignNetwork(network, NetworkConfig(reference="net", **settings), num_classes)
-
-
-class Returns(nn.Module):
-    """A 1x1 convolution to two channels whose result is packed by ``pack``."""
-
-    def __init__(self, pack: Any, stride: int = 1) -> None:
-        super().__init__()
-        self.pack = pack
-        self.conv = nn.Conv2d(3, 2, 1, stride)
-
-    def forward(self, images: Tensor) -> Any:
-        return self.pack(self.conv(images))
-
-
-class Holder:
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
 
 
 class TestBuiltIn:
@@ -242,136 +213,6 @@ class TestFiles:
             load_network(NetworkConfig(reference=name, arguments={"width": 1}), 2)
 
 
-class TestGrid:
-    @pytest.mark.parametrize("stride", [1, 2, 3, 4, 8, 16, 32])
-    def test_the_stride_of_a_network_that_declares_none_is_inferred(self, stride: int) -> None:
-        assert foreign(nn.Conv2d(3, 2, 1, stride)).grid == Grid(stride=stride)
-
-    def test_align_corners_makes_the_convention(self) -> None:
-        assert foreign(nn.Conv2d(3, 2, 1, 4), align_corners=True).grid == Grid(stride=4, convention="corners")
-        assert foreign(nn.Conv2d(3, 2, 1, 4), align_corners=True, stride=4).grid.convention == "corners"
-
-    def test_a_declared_grid_is_kept_and_not_contradicted(self) -> None:
-        network = nn.Conv2d(3, 2, 1, 4)
-        network.grid = Grid(stride=4, convention="stride")  # type: ignore[assignment]
-        assert foreign(network).grid.convention == "stride"
-        with pytest.raises(NetworkError, match="declares stride 4, its description says stride = 8"):
-            foreign(network, stride=8)
-
-    def test_inference_leaves_the_network_as_it_was(self) -> None:
-        network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2).eval())
-        before = {name: value.clone() for name, value in network.state_dict().items()}
-        assert foreign(network).training
-        assert [module.training for module in network] == [True, True, False]
-        assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-
-    def test_the_size_comes_from_the_preprocessing(self) -> None:
-        seen: list[torch.Size] = []
-        network = Returns(lambda logits: seen.append(logits.shape) or logits)
-        foreign(network, preprocessing=Preprocessing(resize=(50, 70), multiple_of=32))
-        assert seen == [(1, 2, 64, 96)]
-
-    def test_cells_that_no_stride_explains_are_refused(self) -> None:
-        with pytest.raises(NetworkError, match="254x254 cells for 256x256 pixels, which is not ceil"):
-            foreign(nn.Conv2d(3, 2, 3))
-        with pytest.raises(NetworkError, match="128x256 cells for 256x256 pixels"):
-            foreign(nn.Conv2d(3, 2, 1, (2, 1)))
-
-    def test_a_network_that_fails_says_what_it_was_asked(self) -> None:
-        with pytest.raises(NetworkError, match=r"failed on a black image of 256x256 .* state stride") as raised:
-            foreign(nn.Conv2d(4, 2, 1))
-        assert isinstance(raised.value.__cause__, RuntimeError)
-
-    def test_a_wrong_stride_shows_on_the_first_pass(self) -> None:
-        network = foreign(nn.Conv2d(3, 2, 1, 4), stride=8)
-        with pytest.raises(
-            NetworkError, match="net returned 4x5 cells for an input of 16x20 pixels; stride 8 means 2x3"
-        ):
-            network(torch.zeros(1, 3, 16, 20))
-
-    def test_a_network_that_rounds_down_shows_on_an_odd_size(self) -> None:
-        network = foreign(nn.Conv2d(3, 2, 2, 2))
-        assert network(torch.zeros(1, 3, 6, 6)).shape[2:] == (3, 3)
-        with pytest.raises(NetworkError, match=r"set preprocessing\.multiple_of"):
-            network(torch.zeros(1, 3, 7, 6))
-
-
-class TestOutput:
-    @pytest.mark.parametrize(
-        ("pack", "output"),
-        [
-            (lambda logits: {"aux": logits.sum(), "out": logits}, "out"),
-            (lambda logits: (logits.sum(), logits), 1),
-            (lambda logits: [logits], 0),
-            (Holder, "logits"),
-        ],
-        ids=["dict", "tuple", "list", "object"],
-    )
-    def test_the_logits_are_picked(self, pack: Any, output: str | int) -> None:
-        network = Returns(pack)
-        images = torch.randn(1, 3, 4, 6)
-        assert torch.equal(foreign(network, output=output)(images), network.conv(images))
-
-    @pytest.mark.parametrize(
-        ("pack", "output", "message"),
-        [
-            (
-                lambda x: {"out": x},
-                None,
-                r"a mapping with keys \['out'\], and no output is chosen; set output to the key",
-            ),
-            (lambda x: {"out": x}, "logits", "output = 'logits' is no tensor of it; set output to the key"),
-            (lambda x: (x, x), None, "a tuple of 2, and no output is chosen; set output to the position"),
-            (lambda x: (x, None), 1, "output = 1 is no tensor of it"),
-            (lambda x: (x, x), "out", "output = 'out' is no tensor of it"),
-            (Holder, None, "an object of type Holder, and no output is chosen; set output to the attribute"),
-            (lambda x: x, 0, "a tensor, and output = 0 is no tensor of it; remove output"),
-            (lambda x: x.argmax(1), None, r"shape \(1, 4, 6\), expected \(1, classes, height, width\)"),
-            (lambda x: x[0], None, r"shape \(2, 4, 6\), expected \(1, classes"),
-        ],
-    )
-    def test_mistakes_are_named_with_the_key_to_set(self, pack: Any, output: str | int | None, message: str) -> None:
-        network = foreign(Returns(pack), output=output, stride=1)
-        with pytest.raises(NetworkError, match=message):
-            network(torch.zeros(1, 3, 4, 6))
-
-    def test_another_number_of_classes_is_refused(self) -> None:
-        network = foreign(nn.Conv2d(3, 2, 1), num_classes=5)
-        with pytest.raises(NetworkError, match=r"net returned 2 classes, expected 5; state its own classes"):
-            network(torch.zeros(1, 3, 4, 6))
-
-    def test_probabilities_become_their_logarithm(self) -> None:
-        network = foreign(Returns(lambda logits: logits.softmax(1)), produces="probabilities")
-        images = torch.randn(2, 3, 4, 6)
-        expected = network.network.conv(images).log_softmax(1)
-        torch.testing.assert_close(network(images), expected)
-
-    def test_a_probability_of_zero_becomes_minus_infinity_and_a_nan_stays(self) -> None:
-        values = torch.tensor([1.0, 0.0, float("nan"), 0.5, 0.0, 1.0, 0.5, 0.5]).reshape(1, 2, 2, 2)
-        network = foreign(Returns(lambda _: values), produces="probabilities", stride=1)
-        with np.errstate(divide="ignore"):
-            expected = torch.from_numpy(np.log(values.numpy()))
-        torch.testing.assert_close(network(torch.zeros(1, 3, 2, 2)), expected, equal_nan=True)
-        assert network(torch.zeros(1, 3, 2, 2))[0, 0, 0, 1] == -torch.inf
-
-    def test_half_precision_probabilities_are_read(self) -> None:
-        values = torch.tensor([0.9995, 0.0005]).reshape(1, 2, 1, 1).bfloat16()
-        result = foreign(Returns(lambda _: values), produces="probabilities", stride=1)(torch.zeros(1, 3, 1, 1))
-        assert result.dtype == torch.float32
-
-    @pytest.mark.parametrize("change", [lambda x: 5 * x, torch.sigmoid, lambda x: x.softmax(1) / 2])
-    def test_what_are_no_probabilities_is_refused(self, change: Any) -> None:
-        network = foreign(Returns(change), produces="probabilities", stride=1)
-        with pytest.raises(NetworkError, match=r'add up to .* over the classes; set produces = "logits"'):
-            network(torch.randn(1, 3, 4, 6))
-
-    def test_a_pooled_value_under_batch_norm_is_explained(self) -> None:
-        network = foreign(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)), stride=8)
-        with pytest.raises(NetworkError, match="train with at least 2 images a batch"):
-            network.train()(torch.zeros(1, 3, 8, 8))
-        assert network.eval()(torch.zeros(1, 3, 8, 8)).shape == (1, 2, 1, 1)
-
-
 class TestDescription:
     FILE = """
         from torch import nn
@@ -433,21 +274,20 @@ class TestDescription:
             described(NetworkConfig(reference=f"{file}:build"))
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], network: NetworkConfig) -> None:
-    from segkd.pipeline.student import checkpoint
-
-    classes = Classes(names=("road", "sky"), palette=((0, 0, 0), (1, 1, 1)))
-    description = checkpoint.Description(
-        network=network, classes=classes, step=1, validated=0, best=None, run={}, samples=""
-    )
-    checkpoint.save(path, description, tensors)
-
-
 def test_a_checkpoint_is_a_reference_that_describes_itself(tmp_path: Path) -> None:
     config = NetworkConfig(reference="fast-scnn", preprocessing=Preprocessing(channels="BGR"))
     network = load_network(config, 2).eval()
     path = tmp_path / "best.safetensors"
-    save_checkpoint(path, {f"model.{key}": value for key, value in network.state_dict().items()}, config)
+    description = checkpoint.Description(
+        network=config,
+        classes=Classes(names=("road", "sky"), palette=((0, 0, 0), (1, 1, 1))),
+        step=1,
+        validated=0,
+        best=None,
+        run={},
+        samples="",
+    )
+    checkpoint.save(path, description, {f"model.{key}": value for key, value in network.state_dict().items()})
     complete = described(NetworkConfig(reference=str(path)))
     assert complete.preprocessing == config.preprocessing
     assert complete.classes == ("road", "sky")
@@ -456,101 +296,3 @@ def test_a_checkpoint_is_a_reference_that_describes_itself(tmp_path: Path) -> No
         assert torch.equal(load_network(complete, 2).eval()(images), network(images))
     with pytest.raises(NetworkError, match=r"best\.safetensors has 2 classes, expected 3"):
         load_network(complete, 3)
-
-
-class TestWarmStart:
-    def tiny(self) -> nn.Module:
-        network = nn.Module()
-        network.backbone = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-        network.head = nn.Conv2d(4, 2, 1)
-        return network
-
-    def test_a_whole_network(self, tmp_path: Path) -> None:
-        given, network = self.tiny(), self.tiny()
-        torch.save(given.state_dict(), tmp_path / "w.pth")
-        result = warm_start(network, tmp_path / "w.pth")
-        assert result.part == ""
-        assert set(result.taken) == set(given.state_dict())
-        assert (result.skipped, result.unused, result.missing) == ((), (), ())
-        assert all(torch.equal(value, given.state_dict()[name]) for name, value in network.state_dict().items())
-
-    def test_a_backbones_own_keys(self, tmp_path: Path) -> None:
-        given, network = self.tiny().backbone, self.tiny()
-        head = network.get_parameter("head.weight").clone()
-        state = {"0.weight": given[0].weight.half(), "1.weight": torch.ones(7), "fc.weight": torch.ones(1)}
-        safetensors.torch.save_file(state, tmp_path / "w.safetensors")
-        result = warm_start(network, tmp_path / "w.safetensors")
-        assert result.part == "backbone."
-        assert result.taken == ("0.weight",)
-        assert result.skipped == (Mismatch(key="1.weight", file=(7,), network=(4,)),)
-        assert result.unused == ("fc.weight",)
-        # An old file has no counters, and they are not missed.
-        assert result.missing == (
-            "backbone.0.bias",
-            "backbone.1.bias",
-            "backbone.1.running_mean",
-            "backbone.1.running_var",
-            "head.weight",
-            "head.bias",
-        )
-        assert torch.equal(network.get_parameter("backbone.0.weight"), given[0].weight.half().float())
-        assert torch.equal(network.get_parameter("head.weight"), head)
-        assert result.describe() == (
-            f"{tmp_path}/w.safetensors: backbone took 1 (0.weight)\n"
-            "shape differs: 1 (1.weight (7,) for (4,)); unused: 1 (fc.weight); "
-            "starting afresh: 6 (backbone.0.bias ... head.bias)"
-        )
-
-    def test_a_checkpoints_averaged_weights_are_preferred(self, tmp_path: Path) -> None:
-        given, network = self.tiny(), self.tiny()
-        state = given.state_dict()
-        tensors = {f"model.{key}": torch.zeros_like(value) for key, value in state.items()}
-        tensors |= {f"ema.{key}": value for key, value in state.items()}
-        save_checkpoint(tmp_path / "last.safetensors", tensors, NetworkConfig(reference="enet"))
-        assert len(warm_start(network, tmp_path / "last.safetensors").taken) == len(state)
-        assert torch.equal(network.get_parameter("head.weight"), state["head.weight"])
-
-    @pytest.mark.skipif(not MOBILENET_V2.exists(), reason="needs torchvision's weights of MobileNetV2 in ../shared")
-    def test_torchvisions_mobilenet_fills_the_backbone(self, caplog: pytest.LogCaptureFixture) -> None:
-        with caplog.at_level(logging.INFO, logger="segkd"):
-            config = NetworkConfig(reference="deeplabv3plus-mobilenetv2", init=str(MOBILENET_V2))
-            network = load_network(config, 11)
-        assert "backbone took 306 (features.0.0.weight ... features.17.conv.3" in caplog.text
-        assert "unused: 8 (features.18.0.weight ... classifier.1.bias)" in caplog.text
-        published = torch.load(MOBILENET_V2, weights_only=True)
-        for name, value in network.get_submodule("backbone").state_dict().items():
-            assert torch.equal(value, published[name]), name
-
-    def test_nothing_that_fits(self, tmp_path: Path) -> None:
-        torch.save({"a": torch.zeros(1), "b": torch.zeros(2)}, tmp_path / "w.pth")
-        before = self.tiny()
-        with pytest.raises(
-            NetworkError,
-            match=r"none of its tensors fits .* file has 2 \(a, b\); .*wants 9 \(backbone.0.weight ... head",
-        ):
-            warm_start(before, tmp_path / "w.pth")
-
-    def test_code_inside_a_file_is_refused(self, tmp_path: Path) -> None:
-        torch.save(deeplabv3plus_mobilenetv2(2, width=8), tmp_path / "w.pth")
-        with pytest.raises(NetworkError, match=r"cannot be read as weights alone .* save the network's state_dict"):
-            warm_start(self.tiny(), tmp_path / "w.pth")
-
-    @pytest.mark.parametrize(
-        ("name", "content", "message"),
-        [
-            ("w.pth", {"state_dict": {}, "epoch": 3}, r"expected tensors by name, found 2 \(state_dict, epoch\)"),
-            ("w.pth", [1, 2], "expected tensors by name, found list"),
-            ("w.pth", b"", "cannot be read as weights alone"),
-            ("w.safetensors", b"nonsense", "cannot be read as weights alone"),
-            ("w.bin", b"", "read from .pth or .safetensors files"),
-            ("w.pth", None, "there is no such file of weights; check the path of init"),
-            ("w.safetensors", None, "there is no such file of weights; check the path of init"),
-        ],
-    )
-    def test_mistakes_are_named(self, tmp_path: Path, name: str, content: Any, message: str) -> None:
-        if isinstance(content, bytes):
-            (tmp_path / name).write_bytes(content)
-        elif content is not None:
-            torch.save(content, tmp_path / name)
-        with pytest.raises(NetworkError, match=message):
-            warm_start(self.tiny(), tmp_path / name)
