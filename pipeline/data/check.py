@@ -1,0 +1,209 @@
+"""Reading every file of a data set once: how much there is of what, and what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from segkd.pipeline.data.config import DataConfig
+from segkd.pipeline.data.readers import Complaint, find
+from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample
+from segkd.pipeline.progress import SILENT, Progress
+from segkd.storage.errors import ContaminationError, DataError
+
+_LEARNED = (Role.TRAIN, Role.AUXILIARY)
+_SCORED = (Role.SELECT, Role.REPORT)
+_AT_ONCE = 512
+"""Samples that are handed to the threads together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """What a data set holds and what is wrong with it."""
+
+    classes: tuple[str, ...]
+    samples: dict[str, int]
+    """Samples of each role."""
+    labelled: dict[str, int]
+    """Those of them that have a label map."""
+    unused: int
+    """Images without a role."""
+    sizes: dict[tuple[int, int], int]
+    """Images of each H, W."""
+    pixels: dict[str, tuple[int, ...]]
+    """Pixels of each class in the label maps of each role, and last those that are ignored."""
+    complaints: tuple[Complaint, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the data can be used."""
+        return all(complaint.severity != "error" for complaint in self.complaints)
+
+    def shares(self, role: str) -> dict[str, float]:
+        """Percent of the pixels that count, by class; empty where no pixel does."""
+        counts = self.pixels.get(role, ())[: len(self.classes)]
+        total = sum(counts)
+        return {name: 100 * count / total for name, count in zip(self.classes, counts, strict=True)} if total else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "ok": self.ok,
+            "classes": list(self.classes),
+            "samples": self.samples,
+            "labelled": self.labelled,
+            "unused": self.unused,
+            "sizes": {f"{height}x{width}": count for (height, width), count in self.sizes.items()},
+            "shares": {role: self.shares(role) for role in self.pixels},
+            "ignored_pixels": {role: counts[-1] for role, counts in self.pixels.items()},
+            "complaints": [{"severity": item.severity, "message": item.message} for item in self.complaints],
+        }
+
+    def table(self) -> str:
+        """For people: roles, sizes, classes."""
+        if not self.samples:
+            return "no samples"
+        lines = ["role       samples  labelled"]
+        lines += [f"{role:<9}  {self.samples[role]:7}  {self.labelled[role]:8}" for role in self.samples]
+        if self.unused:
+            lines.append(f"{'(unused)':<9}  {self.unused:7}")
+        common = Counter(self.sizes).most_common(5)
+        more = f" and {len(self.sizes) - 5} more" if len(self.sizes) > 5 else ""
+        lines += ["", "height x width: " + ", ".join(f"{h} x {w} ({count})" for (h, w), count in common) + more]
+        width = max(map(len, ("% of pixels", *self.classes)))
+        lines += ["", f"{'% of pixels':<{width}}" + "".join(f"  {role:>9}" for role in self.pixels)]
+        shares = {role: self.shares(role) for role in self.pixels}
+        for name in self.classes:
+            cells = (f"  {shares[role][name]:9.2f}" if shares[role] else f"  {'n/a':>9}" for role in self.pixels)
+            lines.append(f"{name:<{width}}" + "".join(cells))
+        return "\n".join(lines)
+
+
+def check(config: DataConfig, *, progress: Progress = SILENT) -> DataReport:
+    """Decodes every image and label map that ``config`` describes. Raises ConfigError, but complains of bad data."""
+    try:
+        found = find(config)
+    except (DataError, ContaminationError) as error:
+        return DataReport(
+            classes=config.classes,
+            samples={},
+            labelled={},
+            unused=0,
+            sizes={},
+            pixels={},
+            complaints=(Complaint("error", str(error)),),
+        )
+    samples, source = found.source.samples, found.source
+    seen = _Seen(len(source.classes))
+    with progress.task("Checking", len(samples)) as task:
+        for sample, finding in zip(samples, _findings(source, samples), strict=True):
+            seen.add(sample, finding)
+            task.advance()
+    present = [role for role in Role if any(sample.role is role for sample in samples)]
+    return DataReport(
+        classes=source.classes.names,
+        samples={role: sum(sample.role is role for sample in samples) for role in present},
+        labelled={role: sum(sample.role is role and sample.labelled for sample in samples) for role in present},
+        unused=found.unused,
+        sizes=dict(seen.sizes),
+        pixels={role: tuple(map(int, seen.pixels[role])) for role in present if role in seen.pixels},
+        complaints=(
+            *found.complaints,
+            *seen.complaints,
+            *_warnings(samples, source.classes.names, seen.pixels),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What one sample's files hold, as far as they could be read."""
+
+    size: tuple[int, int] | None = None
+    digest: bytes | None = None
+    counts: npt.NDArray[np.int64] | None = None
+    error: str | None = None
+
+
+class _Seen:
+    """Sums over samples, in their order."""
+
+    def __init__(self, classes: int) -> None:
+        self._indices = [*range(classes), IGNORE]
+        self._first: dict[bytes, Sample] = {}
+        self.sizes: Counter[tuple[int, int]] = Counter()
+        self.pixels: dict[Role, npt.NDArray[np.int64]] = {}
+        self.complaints: list[Complaint] = []
+
+    def add(self, sample: Sample, finding: _Finding) -> None:
+        if finding.error is not None:
+            self.complaints.append(Complaint("error", finding.error))
+        if finding.size is not None:
+            self.sizes[finding.size] += 1
+        if finding.counts is not None:
+            self.pixels[sample.role] = self.pixels.get(sample.role, 0) + finding.counts[self._indices]
+        if finding.digest is not None:
+            twin = self._first.setdefault(finding.digest, sample)
+            if (twin.role in _SCORED) != (sample.role in _SCORED):
+                self.complaints.append(
+                    Complaint(
+                        "warning",
+                        f"samples {twin.id!r} ({twin.role}) and {sample.id!r} ({sample.role}) are the same image, "
+                        "so its score would be too good; drop one of them",
+                    )
+                )
+
+
+def _findings(source: DataSource, samples: Iterable[Sample]) -> Iterator[_Finding]:
+    samples = list(samples)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(samples), _AT_ONCE):
+            yield from pool.map(partial(_inspect, source), samples[start : start + _AT_ONCE])
+
+
+def _inspect(source: DataSource, sample: Sample) -> _Finding:
+    size = digest = None
+    try:
+        height, width = source.image(sample).shape[:2]
+        size, digest = (height, width), source.image_digest(sample)
+        counts = np.bincount(source.labels(sample).ravel(), minlength=IGNORE + 1) if sample.labelled else None
+    except DataError as error:
+        return _Finding(size, digest, None, str(error))
+    return _Finding(size, digest, counts)
+
+
+def _warnings(
+    samples: Iterable[Sample], names: tuple[str, ...], pixels: dict[Role, npt.NDArray[np.int64]]
+) -> Iterator[Complaint]:
+    """What may be meant, but seldom is."""
+    consequences = {
+        Role.TRAIN: "no network can be trained on labels",
+        Role.SELECT: "the best checkpoint cannot be chosen, the last one is what training gives",
+        Role.REPORT: "there is nothing to report scores on",
+    }
+    roles = {sample.role for sample in samples}
+    for role, consequence in consequences.items():
+        if role not in roles:
+            yield Complaint("warning", f"no sample has role {role}: {consequence}; give the role to some, if needed")
+    for role in (Role.TRAIN, *_SCORED):
+        absent = [name for name, count in zip(names, pixels.get(role, ()), strict=False) if count == 0]
+        if absent:
+            yield Complaint("warning", f"never seen in the labels of role {role}: {', '.join(absent)}")
+    by_group: dict[str, set[Role]] = {}
+    for sample in samples:
+        by_group.setdefault(sample.group, set()).add(sample.role)
+    cut = sorted(group for group, of in by_group.items() if group and of & {*_LEARNED} and of & {*_SCORED})
+    if cut:
+        yield Complaint(
+            "warning",
+            f"{len(cut)} groups are both learned from and scored on, the first is {cut[0]!r}: "
+            "scores are too good where their images resemble each other; split by group",
+        )

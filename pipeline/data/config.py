@@ -1,0 +1,141 @@
+"""How a run file describes a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from segkd.pipeline.data.images import MAX_PIXELS
+from segkd.pipeline.data.sample import IGNORE, Role
+from segkd.pipeline.data.scenes import SceneConfig
+from segkd.storage.errors import ConfigError
+
+Reader = Literal["camvid", "folder", "list", "scenes"]
+
+IGNORED = "ignore"
+"""What a label map's raw value is mapped to when no loss and no score shall count it."""
+
+_FILES = {"root", "group", "lists", "classes", "palette", "label_values", "label_colours", "max_pixels"}
+_OPTIONS: Mapping[Reader, set[str]] = {
+    "camvid": _FILES | {"folders"},
+    "folder": _FILES | {"folders", "fractions", "images", "labels", "image_suffix", "label_suffix"},
+    "list": _FILES,
+    "scenes": {"scenes"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A data set: where its images and labels are, what each image may be used for, what the label values mean.
+
+    Roles come from one of ``lists``, ``folders`` and ``fractions``.
+    """
+
+    reader: Reader
+    """How the files are laid out. ``camvid``: SegNet's folders, ``train`` beside ``trainannot`` and so on.
+    ``folder``: images and labels in two folders, matched by name. ``list``: text files of pairs. ``scenes``: built in,
+    no files at all."""
+    root: str = "."
+    """The folder that everything but ``lists`` is relative to."""
+    images: str = "images"
+    """``folder``: the images, under ``root``, in folders of any depth."""
+    labels: str = "labels"
+    """``folder``: the label maps, under ``root``; may be the images' own folder. Empty: there are none."""
+    image_suffix: str = ""
+    """``folder``: what an image's name has after the part that it shares with its label map, such as ``_leftImg8bit``.
+    With an extension (``.jpg``, ``_leftImg8bit.png``) it admits that format alone."""
+    label_suffix: str = ""
+    """``folder``: the same for label maps, such as ``_gtFine_labelIds``."""
+    lists: dict[Role, str] = field(default_factory=dict)
+    """One text file a role, relative to the working directory. Its lines name samples (``train/0001TP_006690``);
+    for ``list`` they name an image and, behind a tab or a comma, its label map. ``#`` begins a comment line."""
+    folders: dict[Role, tuple[str, ...]] = field(default_factory=dict)
+    """The folders of images of each role: ``train = ["train"]``; ``["."]`` is all. What is in none stays unused.
+    Without lists ``camvid`` takes ``val`` for select where there is a ``test``, and for report where there is none."""
+    fractions: dict[Role, float] = field(default_factory=dict)
+    """``folder``: the share of groups that each role gets, by a hash of the group's name: new groups move no others."""
+    group: str | None = None
+    """A regular expression that finds a sample's group in its id: its first parenthesis, or all that it matches.
+    Images that show the same place or time belong to one group."""
+    classes: tuple[str, ...] = ()
+    """Class names in index order; ``camvid`` knows its own."""
+    palette: tuple[tuple[int, int, int], ...] = ()
+    """An RGB colour a class, for pictures; none: those of ``label_colours``, or a customary one."""
+    label_values: dict[str, str] = field(default_factory=dict)
+    """Raw value of a label map, or a range of them -> class name or "ignore": ``7 = "road"``, ``0-6 = "ignore"``.
+    None: value i is class i, and 255 is ignored."""
+    label_colours: dict[str, str] = field(default_factory=dict)
+    """Colour of a label map -> class name or "ignore": ``"#804080" = "road"`` or ``"128,64,128" = "road"``."""
+    max_pixels: int = MAX_PIXELS
+    """Larger images are refused before they are decoded."""
+    scenes: SceneConfig = field(default_factory=SceneConfig)
+    """``scenes``: what is generated."""
+
+    def __post_init__(self) -> None:
+        self._check_options()
+        self._check_roles()
+        self._check_classes()
+        if self.group is not None:
+            try:
+                re.compile(self.group)
+            except re.error as error:
+                raise ConfigError(f"data.group = {self.group!r} is not a regular expression: {error}") from None
+        if self.max_pixels < 1:
+            raise ConfigError(f"data.max_pixels is {self.max_pixels}; it must be at least 1")
+
+    def _check_options(self) -> None:
+        for setting in dataclasses.fields(self):
+            default = setting.default if setting.default_factory is dataclasses.MISSING else setting.default_factory()
+            means_nothing = setting.name != "reader" and setting.name not in _OPTIONS[self.reader]
+            if means_nothing and getattr(self, setting.name) != default:
+                readers = " or ".join(f"'{reader}'" for reader, options in _OPTIONS.items() if setting.name in options)
+                raise ConfigError(
+                    f"data.{setting.name} means nothing to reader '{self.reader}', only to {readers}; "
+                    "remove it or change data.reader"
+                )
+
+    def _check_roles(self) -> None:
+        given = [name for name in ("lists", "folders", "fractions") if getattr(self, name)]
+        if len(given) > 1:
+            raise ConfigError(f"data.{given[0]} and data.{given[1]} both give roles; keep one of them")
+        if self.reader == "folder" and not given:
+            raise ConfigError(
+                "data.lists, data.folders and data.fractions are all missing, so no image has a role; "
+                'add one of them: folders.train = ["."] gives all images to training'
+            )
+        if self.reader == "list" and not self.lists:
+            raise ConfigError(
+                "data.lists is missing, reader 'list' needs it; give a file a role: train = \"train.txt\""
+            )
+        if self.fractions:
+            total = math.fsum(self.fractions.values())
+            if min(self.fractions.values()) <= 0 or abs(total - 1) > 1e-6:
+                raise ConfigError(f"data.fractions add up to {total:g}; each must be above 0 and all together 1")
+            if self.group is None:
+                raise ConfigError(
+                    "data.fractions need data.group, so that no sequence is cut by a split; "
+                    "group = '.*' makes every image a group of its own"
+                )
+
+    def _check_classes(self) -> None:
+        if not self.classes and self.reader in ("folder", "list"):
+            raise ConfigError("data.classes is missing; name the classes in index order")
+        if len(self.classes) > IGNORE:
+            raise ConfigError(f"data.classes has {len(self.classes)} names; label maps have room for {IGNORE}")
+        if IGNORED in self.classes:
+            raise ConfigError(
+                f"data.classes holds '{IGNORED}', which is no class; remove it, label values may map to it"
+            )
+        repeated = next((name for name in self.classes if self.classes.count(name) > 1), None)
+        if repeated is not None:
+            raise ConfigError(f"data.classes holds {repeated!r} twice; name every class once")
+        if self.label_values and self.label_colours:
+            raise ConfigError(
+                "data.label_values and data.label_colours are both given; keep the one that fits the files"
+            )
+        if any(channel not in range(256) for colour in self.palette for channel in colour):
+            raise ConfigError("data.palette has a channel outside 0 to 255; give [red, green, blue] a class")

@@ -1,0 +1,178 @@
+"""Data sets of files: finding them in one pass over their folders, and reading them.
+
+Names are relative to a root, with ``/``; names that a text file gives never leave it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from segkd.pipeline.data import images
+from segkd.pipeline.data.labels import LabelMap
+from segkd.pipeline.data.sample import Classes, Role, Sample
+from segkd.storage.errors import DataError
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Which files of a folder count, and what they have in common with their partner."""
+
+    suffix: str
+    """What the name has behind the common part; with a dot in it the extension is included."""
+    extensions: Set[str]
+    """The extensions that count where the suffix has none."""
+
+    def __str__(self) -> str:
+        return f"*{self.suffix}" + ("" if "." in self.suffix else f"{{{','.join(sorted(self.extensions))}}}")
+
+    def stem(self, name: str) -> str | None:
+        """The common part of a name, None for a file that does not count."""
+        if "." not in self.suffix:
+            name, extension = split_extension(name)
+            if extension not in self.extensions:
+                return None
+        stem = name.removesuffix(self.suffix) if name.endswith(self.suffix) else ""
+        return None if stem == "" or stem.endswith("/") else stem
+
+
+def split_extension(name: str) -> tuple[str, str]:
+    """A name without its extension, and the extension in lower case with its dot; empty where there is none."""
+    stem, dot, extension = name.rpartition(".")
+    return (stem, f".{extension.lower()}") if dot and "/" not in extension else (name, "")
+
+
+def names_under(folder: Path, *, skip: Path | None = None) -> Iterator[str]:
+    """All files under ``folder`` except those under ``skip``, and except hidden ones; nothing is asked of single files.
+
+    Raises DataError for a folder that is absent or may not be read.
+    """
+    pending = [""]
+    while pending:
+        parent = pending.pop()
+        try:
+            with os.scandir(folder / parent) as entries:
+                for entry in entries:
+                    name = f"{parent}{entry.name}"
+                    if entry.name.startswith("."):
+                        continue
+                    if not entry.is_dir():
+                        yield name
+                    elif folder / name != skip:
+                        pending.append(f"{name}/")
+        except OSError as error:
+            raise DataError(
+                f"{folder / parent}: cannot be listed ({error.strerror}); check the folders of [data]"
+            ) from None
+
+
+def names_in(folder: Path) -> set[str]:
+    """The files and folders in ``folder``; none where there is no such folder."""
+    try:
+        return {path.name for path in folder.iterdir()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+def by_stem(names: Iterable[str], naming: Naming, place: Path) -> dict[str, str]:
+    """Common part -> name, of the names that count. Raises DataError where two names share it."""
+    found: dict[str, str] = {}
+    for name in names:
+        stem = naming.stem(name)
+        if stem is None:
+            continue
+        if stem in found:
+            first, second = sorted((found[stem], name))
+            raise DataError(
+                f"{place}: {first} and {second} have one name; remove one of them, or give a suffix with the "
+                "extension that counts"
+            )
+        found[stem] = name
+    return found
+
+
+def inside(name: str, place: str) -> str:
+    """The name that ``place`` gives, in its plainest form. Raises DataError for one that leaves its folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise DataError(f"{place}: {name!r} leaves the folder of the data; expected a name below data.root")
+    return str(path)
+
+
+Row = tuple[str, str, str, str, str | None]
+"""A sample: its id, role and group, the names of its image and (or None) of its label map."""
+
+
+class FileSource:
+    """A data set of files. See :class:`segkd.pipeline.data.sample.DataSource` for what the methods promise."""
+
+    def __init__(
+        self,
+        root: Path,
+        rows: Iterable[Row],
+        classes: Classes,
+        label_map: LabelMap,
+        max_pixels: int = images.MAX_PIXELS,
+    ) -> None:
+        rows = sorted(rows, key=itemgetter(1, 0))
+        roles = {role.value: role for role in Role}
+        self._root = root
+        self._samples = tuple(
+            Sample(id=sample_id, role=roles[role], labelled=label is not None, group=group)
+            for sample_id, role, group, _, label in rows
+        )
+        self._files = {sample_id: (image, label) for sample_id, _, _, image, label in rows}
+        self._classes = classes
+        self._label_map = label_map
+        self._max_pixels = max_pixels
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Rows of plain strings take a fraction of the time and bytes of samples.
+        rows = [(sample.id, sample.role.value, sample.group, *self._files[sample.id]) for sample in self._samples]
+        return FileSource, (self._root, rows, self._classes, self._label_map, self._max_pixels)
+
+    @property
+    def classes(self) -> Classes:
+        return self._classes
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        return self._samples
+
+    def image_file(self, sample: Sample) -> Path:
+        """Where the image lies."""
+        return self._root / self._files[sample.id][0]
+
+    def label_file(self, sample: Sample) -> Path:
+        """Where the label map lies. Raises DataError for a sample that has none."""
+        name = self._files[sample.id][1]
+        if name is None:
+            raise DataError(f"{self.image_file(sample)}: there is no label map for it; ask for its image only")
+        return self._root / name
+
+    def size(self, sample: Sample) -> tuple[int, int]:
+        return images.read_size(self.image_file(sample), self._max_pixels)
+
+    def image(self, sample: Sample) -> npt.NDArray[np.uint8]:
+        return images.read_image(self.image_file(sample), self._max_pixels)
+
+    def image_digest(self, sample: Sample) -> bytes:
+        return images.digest(self.image_file(sample))
+
+    def labels(self, sample: Sample) -> npt.NDArray[np.uint8]:
+        file = self.label_file(sample)
+        raw = images.read_raw_labels(file, self._label_map.kind, self._max_pixels)
+        size = self.size(sample)
+        if raw.shape[:2] != size:
+            raise DataError(
+                f"{file}: {raw.shape[0]} x {raw.shape[1]} pixels, but its image {self.image_file(sample).name} has "
+                f"{size[0]} x {size[1]} (height x width); make them of one size"
+            )
+        return self._label_map(raw, file)

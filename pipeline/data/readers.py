@@ -1,0 +1,219 @@
+"""From a description to a data set: which files are its samples, and what each may be used for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from segkd.pipeline.data import images
+from segkd.pipeline.data.config import DataConfig
+from segkd.pipeline.data.files import FileSource, Naming, by_stem, inside, names_in, names_under
+from segkd.pipeline.data.labels import describe
+from segkd.pipeline.data.roles import Line, by_folders, by_fractions, by_lines, grouping, lines_of
+from segkd.pipeline.data.sample import DataSource, Role
+from segkd.pipeline.data.scenes import SceneSource
+from segkd.storage.errors import DataError
+
+_CAMVID_GROUP = "([^/_]+)[^/]*$"
+"""The sequence: what a CamVid frame's name has before its first underscore."""
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """Something about the data. An error keeps them from being used, a warning does not."""
+
+    severity: Literal["error", "warning"]
+    message: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a description finds."""
+
+    source: DataSource
+    unused: int
+    """Images that have no role."""
+    complaints: tuple[Complaint, ...]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Files by sample id, names below the root."""
+
+    images: Mapping[str, str]
+    labels: Mapping[str, str]
+    labels_place: str
+    """Where label maps were looked for."""
+
+
+def open_data(config: DataConfig) -> DataSource:
+    """The data set that ``config`` describes. Only folders and lists are read, no image is.
+
+    Raises DataError for files that are missing or cannot be told apart, ContaminationError for a sample of two roles.
+    """
+    found = find(config)
+    errors = [complaint.message for complaint in found.complaints if complaint.severity == "error"]
+    if errors:
+        more = f" (and {len(errors) - 1} more: run `segkd data check`)" if len(errors) > 1 else ""
+        raise DataError(errors[0] + more)
+    return found.source
+
+
+def find(config: DataConfig) -> Found:
+    """The same with all that single samples lack as complaints; what leaves no data set at all is raised."""
+    if config.reader == "scenes":
+        return Found(SceneSource(config.scenes), 0, ())
+    classes, label_map = describe(config)
+    root = Path(config.root)
+    complaints: list[Complaint] = []
+    if config.reader == "list":
+        files, roles = _listed(config, complaints)
+    else:
+        files = _camvid_files(config) if config.reader == "camvid" else _folder_files(config)
+        _check_any(files, config)
+        roles = _roles(config, files, complaints)
+        complaints += [
+            Complaint("warning", f"{root / name}: a label map without an image; it is not used")
+            for sample_id, name in sorted(files.labels.items())
+            if sample_id not in files.images
+        ]
+    complaints += _missing_labels(root, files, roles)
+    group_of = grouping(config.group or (_CAMVID_GROUP if config.reader == "camvid" else None))
+    rows = (
+        (sample_id, role, group_of(sample_id), files.images[sample_id], files.labels.get(sample_id))
+        for sample_id, role in roles.items()
+    )
+    source = FileSource(root, rows, classes, label_map, config.max_pixels)
+    return Found(source, len(files.images) - len(roles), tuple(complaints))
+
+
+def _camvid_files(config: DataConfig) -> _Files:
+    """``<split>/<stem>`` and ``<split>annot/<stem>`` of every folder that is not itself one of labels."""
+    root = Path(config.root)
+    present = names_in(root)
+    found: tuple[dict[str, str], dict[str, str]] = {}, {}
+    for split in sorted(name for name in present if not name.startswith(".") and (root / name).is_dir()):
+        if split.endswith("annot"):
+            continue
+        kinds = (split, images.IMAGE_EXTENSIONS), (f"{split}annot", images.LABEL_EXTENSIONS)
+        for files, (folder, extensions) in zip(found, kinds, strict=True):
+            if folder in present:
+                stems = by_stem(names_under(root / folder), Naming("", extensions), root / folder)
+                files.update((f"{split}/{stem}", f"{folder}/{name}") for stem, name in stems.items())
+    return _Files(*found, labels_place=f"{root}/<split>annot")
+
+
+def _folder_files(config: DataConfig) -> _Files:
+    root = Path(config.root)
+    image_folder, label_folder = root / config.images, root / config.labels
+    image_naming = Naming(config.image_suffix, images.IMAGE_EXTENSIONS)
+    label_naming = Naming(config.label_suffix, images.LABEL_EXTENSIONS)
+    if not config.labels:
+        return _Files(_below(root, config.images, names_under(image_folder), image_naming), {}, "data.labels = ''")
+    image_names = names_under(image_folder, skip=label_folder)
+    if image_folder == label_folder:
+        image_names = (name for name in image_names if label_naming.stem(name) is None)
+    return _Files(
+        _below(root, config.images, image_names, image_naming),
+        _below(root, config.labels, names_under(label_folder, skip=image_folder), label_naming),
+        str(label_folder),
+    )
+
+
+def _below(root: Path, folder: str, names: Iterator[str], naming: Naming) -> dict[str, str]:
+    prefix = "" if Path(folder) == Path() else f"{Path(folder).as_posix()}/"
+    return {stem: prefix + name for stem, name in by_stem(names, naming, root / folder).items()}
+
+
+def _check_any(files: _Files, config: DataConfig) -> None:
+    """Raises DataError where there are no images, no label maps, or no image with a label map."""
+    root, folder = Path(config.root), config.reader == "folder"
+    if not files.images:
+        expected = Naming(config.image_suffix, images.IMAGE_EXTENSIONS)
+        raise DataError(f"{root / config.images if folder else root}: holds no images; expected files {expected}")
+    if folder and config.labels and not files.labels:
+        expected = Naming(config.label_suffix, images.LABEL_EXTENSIONS)
+        raise DataError(
+            f"{root / config.labels}: holds no label maps; expected files {expected}, or data.labels = '' for none"
+        )
+    if files.labels and files.images.keys().isdisjoint(files.labels):
+        raise DataError(
+            f"{root}: no image has a label map of its name; images are {_examples(files.images)}, label maps "
+            f"{_examples(files.labels)}; set data.image_suffix and data.label_suffix (reader 'folder') to what differs"
+        )
+
+
+def _examples(ids: Iterable[str]) -> str:
+    return ", ".join(map(repr, sorted(ids)[:3]))
+
+
+def _listed(config: DataConfig, complaints: list[Complaint]) -> tuple[_Files, dict[str, Role]]:
+    """The files that list files name, in pairs; those that are not there become complaints."""
+    root = Path(config.root)
+    present = cache(lambda folder: names_in(root / folder))
+    image_of: dict[str, str] = {}
+    label_of: dict[str, str] = {}
+    named: list[tuple[str, Line]] = []
+    for line in lines_of(config.lists):
+        parts = [part.strip() for part in line.text.split("\t" if "\t" in line.text else ",")]
+        if len(parts) > 2 or not parts[0]:
+            raise DataError(
+                f"{line.place}: {line.text!r}; expected an image and at most one label map, "
+                "with a tab between them where names hold commas"
+            )
+        paths = [PurePosixPath(inside(part, line.place)) for part in parts if part]
+        missing = [path for path in paths if path.name not in present(path.parent)]
+        complaints += [Complaint("error", f"{line.place}: there is no file {root / path}") for path in missing]
+        if missing:
+            continue
+        sample_id = str(paths[0].with_suffix(""))
+        named.append((sample_id, line))
+        image_of[sample_id] = str(paths[0])
+        if len(paths) == 2:
+            label_of[sample_id] = str(paths[1])
+    return _Files(image_of, label_of, "its line of the list"), by_lines(named)
+
+
+def _roles(config: DataConfig, files: _Files, complaints: list[Complaint]) -> dict[str, Role]:
+    if config.lists:
+        return by_lines(_named(config, files, complaints))
+    if config.fractions:
+        return by_fractions(config.fractions, grouping(config.group), files.images)
+    return by_folders(config.folders or _camvid_folders(config, files), files.images)
+
+
+def _named(config: DataConfig, files: _Files, complaints: list[Complaint]) -> Iterator[tuple[str, Line]]:
+    """The samples that list files name, by id or by the image's name; unknown ones become complaints."""
+    naming = Naming(config.image_suffix, images.IMAGE_EXTENSIONS)
+    for line in lines_of(config.lists):
+        name = inside(line.text, line.place)
+        sample_id = name if name in files.images else naming.stem(name)
+        if sample_id is not None and sample_id in files.images:
+            yield sample_id, line
+        else:
+            complaints.append(Complaint("error", f"{line.place}: there is no image {name!r} under {config.root}"))
+
+
+def _camvid_folders(config: DataConfig, files: _Files) -> dict[Role, tuple[str, ...]]:
+    """What SegNet's splits are customarily for; where nothing else can be, val is what is reported."""
+    splits = {sample_id.split("/")[0] for sample_id in files.images}
+    customary = {"train": Role.TRAIN, "val": Role.SELECT if "test" in splits else Role.REPORT, "test": Role.REPORT}
+    folders: dict[Role, tuple[str, ...]] = {role: (split,) for split, role in customary.items() if split in splits}
+    if not folders:
+        raise DataError(f"{config.root}: holds no folder train, val or test; give roles by data.lists or data.folders")
+    return folders
+
+
+def _missing_labels(root: Path, files: _Files, roles: Mapping[str, Role]) -> list[Complaint]:
+    return [
+        Complaint(
+            "error",
+            f"{root / files.images[sample_id]}: no label map of its name in {files.labels_place}; "
+            f"a sample of role {role} needs one, one of role {Role.AUXILIARY} does not",
+        )
+        for sample_id, role in sorted(roles.items())
+        if role != Role.AUXILIARY and sample_id not in files.labels
+    ]

@@ -1,0 +1,269 @@
+"""Checking a data set: what is counted, what is complained of; and drafting a description that then opens."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segkd.pipeline.data.check import DataReport, check
+from segkd.pipeline.data.config import DataConfig
+from segkd.pipeline.data.draft import draft
+from segkd.pipeline.data.readers import open_data
+from segkd.pipeline.progress import Progress
+from segkd.pipeline.settings import parse
+from segkd.storage.errors import ConfigError, DataError
+
+CAMVID = Path(__file__).parents[1] / "../shared/data/camvid"
+
+
+def save(file: Path, pixels: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(file)
+
+
+def put(root: Path, stem: str, labels: Any, *, seed: int | None = None) -> None:
+    """An image of its own (or of ``seed``) and its label map."""
+    shape = np.shape(labels)[:2]
+    rng = np.random.default_rng(sum(stem.encode()) if seed is None else seed)
+    save(root / f"images/{stem}.png", rng.integers(0, 256, (*shape, 3)))
+    save(root / f"labels/{stem}.png", labels)
+
+
+def folder(root: Path, **options: Any) -> DataConfig:
+    options = {"classes": ("road", "sky"), "folders": {"train": ("train",), "report": ("val",)}} | options
+    return DataConfig(reader="folder", root=str(root), **options)
+
+
+def messages(report: DataReport, severity: str) -> list[str]:
+    return [complaint.message for complaint in report.complaints if complaint.severity == severity]
+
+
+NO_SELECT = (
+    "no sample has role select: the best checkpoint cannot be chosen, the last one is what training gives; "
+    "give the role to some, if needed"
+)
+
+
+def test_counts_sizes_and_shares(tmp_path: Path) -> None:
+    put(tmp_path, "train/a", [[0, 0, 1], [255, 0, 255]])
+    put(tmp_path, "train/b", [[0], [1]])
+    put(tmp_path, "val/c", [[1, 0, 1], [255, 0, 1]])
+    put(tmp_path, "other/d", [[7]])
+    report = check(folder(tmp_path))
+    assert report.ok
+    assert messages(report, "warning") == [NO_SELECT]
+    assert report.samples == {"train": 2, "report": 1}
+    assert report.sizes == {(2, 3): 2, (2, 1): 1}
+    assert report.pixels == {"train": (4, 2, 2), "report": (2, 3, 1)}
+    assert report.shares("report") == {"road": 40.0, "sky": 60.0}
+    written = json.loads(json.dumps(report.to_dict()))
+    assert written["sizes"] == {"2x3": 2, "2x1": 1}
+    assert written["unused"] == 1
+    assert written["ignored_pixels"] == {"train": 2, "report": 1}
+    assert re.search(r"^sky +33\.33 +60\.00$", report.table(), re.MULTILINE)
+
+
+def test_every_bad_file_is_named(tmp_path: Path) -> None:
+    for stem in ("train/cut", "train/size", "train/value", "train/fine", "val/partner"):
+        put(tmp_path, stem, np.random.default_rng(1).integers(0, 2, (24, 24)))
+    cut, size, value = (
+        tmp_path / f"{place}.png" for place in ("images/train/cut", "labels/train/size", "labels/train/value")
+    )
+    cut.write_bytes(cut.read_bytes()[:300])
+    save(size, np.zeros((3, 4)))
+    labels = np.zeros((24, 24))
+    labels[5, 7:] = 9
+    save(value, labels)
+    (tmp_path / "labels/val/partner.png").unlink()
+    report = check(folder(tmp_path))
+    assert not report.ok
+    missing, *of_files = messages(report, "error")
+    assert missing == (
+        f"{tmp_path}/images/val/partner.png: no label map of its name in {tmp_path}/labels; "
+        "a sample of role report needs one, one of role auxiliary does not"
+    )
+    assert re.fullmatch(
+        re.escape(f"{cut}: cannot be read (") + ".*" + re.escape("); restore the file or take it out of the data"),
+        of_files[0],
+    )
+    assert of_files[1:] == [
+        f"{size}: 3 x 4 pixels, but its image size.png has 24 x 24 (height x width); make them of one size",
+        f"{value}: row 5, column 7: value 9 is no class, expected 0-1, 255; "
+        "map all values of these files in [data.label_values]",
+    ]
+    assert report.sizes == {(24, 24): 4}
+    assert sum(report.pixels["train"]) == 24 * 24
+
+
+def test_what_leaves_nothing_is_a_complaint_too(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    report = check(folder(tmp_path, labels=""))
+    assert not report.ok
+    assert messages(report, "error") == [
+        f"{tmp_path}/images: holds no images; expected files *{{.bmp,.jpeg,.jpg,.png,.tif,.tiff,.webp}}"
+    ]
+    assert report.table() == "no samples"
+    assert report.to_dict()["samples"] == {}
+
+
+def test_a_sample_of_two_roles_is_an_error(tmp_path: Path) -> None:
+    put(tmp_path, "a", [[0]])
+    for role in ("train", "report"):
+        (tmp_path / f"{role}.txt").write_text("a\n")
+    lists = {role: str(tmp_path / f"{role}.txt") for role in ("train", "report")}
+    (message,) = messages(check(folder(tmp_path, folders={}, lists=lists)), "error")
+    assert message.startswith("sample 'a' has two roles: train (")
+
+
+def test_wrong_descriptions_are_raised(tmp_path: Path) -> None:
+    put(tmp_path, "train/a", [[0]])
+    with pytest.raises(ConfigError, match="which is no class"):
+        check(folder(tmp_path, label_values={"0": "rode"}))
+
+
+def test_warnings(tmp_path: Path) -> None:
+    put(tmp_path, "train/s1_a", [[0, 0]])
+    put(tmp_path, "train/s2_b", [[0, 0]], seed=1)
+    put(tmp_path, "val/s1_c", [[1, 0]])
+    put(tmp_path, "val/s3_d", [[1, 0]], seed=1)
+    report = check(folder(tmp_path, group="(s[0-9])_"))
+    assert report.ok
+    assert messages(report, "warning") == [
+        "samples 'val/s3_d' (report) and 'train/s2_b' (train) are the same image, so its score would be too good; "
+        "drop one of them",
+        NO_SELECT,
+        "never seen in the labels of role train: sky",
+        "1 groups are both learned from and scored on, the first is 's1': scores are too good where their images "
+        "resemble each other; split by group",
+    ]
+
+
+def test_progress_is_told_of_every_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "train/a", [[0]])
+    put(tmp_path, "val/b", [[1]])
+    with caplog.at_level("INFO", logger="segkd"):
+        check(folder(tmp_path), progress=Progress("lines"))
+    assert caplog.messages[-1].startswith("Checking: 2/2 images")
+
+
+# --- drafts -----------------------------------------------------------------------------------------------------------
+
+
+def opened(root: Path) -> tuple[DataConfig, dict[str, str]]:
+    """The description that is drafted for ``root``, and the roles of the samples that it then opens."""
+    config = parse(DataConfig, tomllib.loads(draft(root))["data"])
+    source = open_data(config)
+    for sample in source.samples:
+        if sample.labelled:
+            source.labels(sample)
+    return config, {sample.id: str(sample.role) for sample in source.samples}
+
+
+def test_draft_of_camvid(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        save(tmp_path / f"{split}/a.jpg", np.zeros((2, 12, 3)))
+        save(tmp_path / f"{split}annot/a.png", [range(12)] * 2)
+    config, roles = opened(tmp_path)
+    assert (config.reader, config.classes) == ("camvid", ())
+    assert roles == {"train/a": "train", "val/a": "select", "test/a": "report"}
+
+
+def test_draft_of_its_layout_with_other_values(tmp_path: Path) -> None:
+    save(tmp_path / "day/a.jpg", np.zeros((1, 3, 3)))
+    save(tmp_path / "dayannot/a.png", [[0, 40, 200]])
+    config, roles = opened(tmp_path)
+    assert config.classes == ("class0", "class40", "class200")
+    assert config.label_values == {"0": "class0", "40": "class40", "200": "class200"}
+    assert roles == {"day/a": "train"}
+
+
+def test_draft_of_two_folders(tmp_path: Path) -> None:
+    for stem in ("training/a", "validation/b"):
+        put(tmp_path, stem, [[0, 1, 3, 255]])
+    config, roles = opened(tmp_path)
+    assert (config.images, config.labels, config.label_values) == ("images", "labels", {})
+    assert config.classes == ("class0", "class1", "class2", "class3")
+    assert roles == {"training/a": "train", "validation/b": "report"}
+
+
+def test_draft_of_grey_images(tmp_path: Path) -> None:
+    save(tmp_path / "xray/a.png", [[7, 90]])
+    save(tmp_path / "masks/a.png", [[0, 255]])
+    config, _ = opened(tmp_path)
+    assert (config.images, config.labels) == ("xray", "masks")
+    assert config.label_values == {"0": "class0", "255": "class1"}
+
+
+def test_draft_of_cityscapes_names(tmp_path: Path) -> None:
+    for stem in ("train/aachen/aachen_000000_000019", "train/bonn/bonn_000001_000019", "val/ulm/ulm_000000_000019"):
+        save(tmp_path / f"leftImg8bit/{stem}_leftImg8bit.png", np.zeros((2, 2, 3)))
+        for kind in ("color", "instanceIds", "labelIds"):
+            save(tmp_path / f"gtFine/{stem}_gtFine_{kind}.png", np.zeros((2, 2, 3) if kind == "color" else (2, 2)))
+    config, roles = opened(tmp_path)
+    assert (config.image_suffix, config.label_suffix) == ("_leftImg8bit", "_gtFine_labelIds")
+    assert list(roles) == [
+        "val/ulm/ulm_000000_000019",
+        "train/aachen/aachen_000000_000019",
+        "train/bonn/bonn_000001_000019",
+    ]
+
+
+def test_draft_of_colours(tmp_path: Path) -> None:
+    put(tmp_path, "a", [[[0, 0, 0], [128, 64, 128]]])
+    config, _ = opened(tmp_path)
+    assert config.label_colours == {"#000000": "class0", "#804080": "class1"}
+
+
+def test_draft_of_deep_values(tmp_path: Path) -> None:
+    save(tmp_path / "images/a.jpg", np.zeros((1, 2, 3)))
+    (tmp_path / "labels").mkdir()
+    Image.fromarray(np.array([[1000, 7000]], np.uint16)).save(tmp_path / "labels/a.png")
+    config, _ = opened(tmp_path)
+    assert config.label_values == {"1000": "class1000", "7000": "class7000"}
+
+
+@pytest.mark.parametrize("names", [("{}.jpg", "{}.png"), ("{}.png", "{}_mask.png"), ("{}.jpg", "{}-gt.png")])
+def test_draft_of_one_folder(tmp_path: Path, names: tuple[str, str]) -> None:
+    for stem in ("one", "two_1", "two_10"):
+        save(tmp_path / names[0].format(stem), np.zeros((2, 2, 3)))
+        save(tmp_path / names[1].format(stem), [[0, 1], [1, 0]])
+    config, roles = opened(tmp_path)
+    assert (config.images, config.labels) == (".", ".")
+    assert roles == {"one": "train", "two_1": "train", "two_10": "train"}
+
+
+def test_draft_of_images_alone(tmp_path: Path) -> None:
+    for index in range(12):
+        save(tmp_path / f"clip/frame_{index}.png", np.zeros((2, 2, 3)))
+    config, roles = opened(tmp_path)
+    assert config.labels == ""
+    assert roles == {f"clip/frame_{index}": "auxiliary" for index in range(12)}
+
+
+def test_draft_of_what_is_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=f"^{re.escape(str(tmp_path))}: holds no images; expected .bmp, .jpeg, .*files$"
+    ):
+        draft(tmp_path)
+    put(tmp_path, "a", np.random.default_rng(0).integers(0, 256, (20, 20, 3)))
+    file = tmp_path / "labels/a.png"
+    message = (
+        f"{file}: more than 256 colours by this label map, which classes cannot be; "
+        "make label maps without smoothing, in a format that loses nothing"
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        draft(tmp_path)
+
+
+@pytest.mark.skipif(not CAMVID.is_dir(), reason="CamVid does not lie beside the checkout")
+def test_draft_of_real_camvid() -> None:
+    config = parse(DataConfig, tomllib.loads(draft(CAMVID))["data"])
+    assert config.reader == "camvid"
+    assert len(open_data(config).samples) == 468
