@@ -32,7 +32,7 @@ def unmapped(label_map: LabelMap, raw: np.ndarray, message: str) -> None:
         label_map(raw, FILE)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_values_are_looked_up_one_by_one(data: st.DataObject) -> None:
     depth = data.draw(st.sampled_from([np.uint8, np.uint16, np.int32]))
@@ -49,7 +49,7 @@ def test_values_are_looked_up_one_by_one(data: st.DataObject) -> None:
     assert labels_HW.tolist() == [[indices[value] for value in row] for row in raw_HW.tolist()]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_colours_are_looked_up_one_by_one(data: st.DataObject) -> None:
     channel = st.integers(0, 255)
