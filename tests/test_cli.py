@@ -7,78 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from segkd import __version__
 from segkd.cli.main import main
-
-TEACHER = '''
-import torch
-from torch import nn
-
-class Teacher(nn.Module):
-    """The brightest of three channels, on a grid of stride 4."""
-
-    def forward(self, images):
-        return 4 * nn.functional.avg_pool2d(images, 4, ceil_mode=True)
-
-def build():
-    return Teacher()
-'''
-
-RUN = """
-[data]
-reader = "folder"
-root = "{root}"
-classes = ["red", "green", "blue"]
-
-[data.folders]
-train = ["a"]
-auxiliary = ["b"]
-select = ["c"]
-report = ["d"]
-
-[teacher]
-reference = "{root}/teacher.py:build"
-stride = 4
-
-[cache]
-path = "{root}/cache.zarr"
-
-[student]
-reference = "enet"
-
-[augment]
-crop = [32, 32]
-
-[train]
-steps = 2
-labelled = 2
-auxiliary = 1
-warmup = 1
-validate_every = 1
-device = "cpu"
-"""
-
-
-def make_data(root: Path) -> Path:
-    """Images of three colours whose labels are the brightest channel, in four folders; returns the run file."""
-    generator = np.random.default_rng(0)
-    for folder in "abcd":
-        for number in range(2):
-            labels = generator.integers(0, 3, (4, 5)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-            image = (60 + 160 * np.eye(3)[labels]).astype(np.uint8)
-            for kind, pixels in (("images", image), ("labels", labels)):
-                path = root / kind / folder / f"{number}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(path)
-    (root / "teacher.py").write_text(TEACHER)
-    run = root / "tiny.toml"
-    run.write_text(RUN.format(root=root))
-    return run
 
 
 def segkd(*arguments: str | Path) -> Result:
@@ -91,31 +25,6 @@ def result_of(*arguments: str | Path) -> dict[str, object]:
     assert result.exit_code == 0, result.output
     loaded: dict[str, object] = json.loads(result.stdout)
     return loaded
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run file whose cache is written and whose student is trained, in a folder with both."""
-    run = make_data(tmp_path_factory.mktemp("tiny"))
-    for command in ("teacher-cache", "train-student"):
-        options = ["--output", str(run.parent / "student")] if command == "train-student" else []
-        result = segkd(command, "-c", run, *options, "-q")
-        assert result.exit_code == 0, result.output
-    return run
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run file with data, and nothing done."""
-    return make_data(tmp_path)
-
-
-def fails(status: int, message: str, *arguments: str | Path) -> None:
-    """The command ends with a status, one message on standard error and nothing on standard output."""
-    result = segkd(*arguments)
-    assert (result.stderr, result.stdout) == (f"Error: {message}\n", "")
-    assert result.exit_code == status
-    assert "Traceback" not in result.output
 
 
 # What is asked without data
@@ -165,22 +74,12 @@ def test_cache_show(done: Path, tmp_path: Path) -> None:
     assert shown["pictures"] == [str(tmp_path / "a-0.png"), str(tmp_path / "d-1.png")]
     with Image.open(tmp_path / "a-0.png") as picture:
         assert min(picture.size) > 100
-    fails(
-        2,
-        f"{tmp_path}/a-0.png exists; name another folder, or replace it with --overwrite",
-        *("cache", "show", "-c", done, "a/0", "-o", tmp_path),
-    )
     assert segkd("cache", "show", "-c", done, "a/0", "-o", tmp_path, "--overwrite").exit_code == 0
-    fails(1, "the data has no sample 'a/9'; its first is 'b/0'", *("cache", "show", "-c", done, "a/9", "-o", tmp_path))
 
 
-def test_training_writes_and_refuses_to_overwrite(done: Path) -> None:
+def test_training_writes(done: Path) -> None:
     student = done.parent / "student"
     assert {"best.safetensors", "last.safetensors", "metrics.jsonl", "run.json"} == {p.name for p in student.iterdir()}
-    result = segkd("train-student", "-c", done, "-o", student)
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"Error: {student} already holds a run (")
-    assert "--overwrite" in result.stderr
 
 
 def test_resuming_a_finished_run_does_nothing(done: Path) -> None:
@@ -233,9 +132,6 @@ def test_predicting_a_folder(done: Path, tmp_path: Path) -> None:
     assert result_of("predict", best, images, "-o", tmp_path) == {"written": 2, "skipped": {}}
     with Image.open(tmp_path / "labels" / "0.png") as labels:
         assert labels.size == (40, 32)
-    result = segkd("predict", best, images, "-o", tmp_path)
-    assert result.exit_code == 2
-    assert "--overwrite" in result.stderr
     assert segkd("predict", best, images, "-o", tmp_path, "--overwrite", "-q").stdout.startswith("2 images labelled in")
 
 
@@ -248,156 +144,11 @@ def test_data_check_counts(run: Path) -> None:
     assert report["sizes"] == {"32x40": 8}
 
 
-def test_data_check_complains(run: Path) -> None:
-    labels = run.parent / "labels" / "a" / "0.png"
-    Image.fromarray(np.full((32, 40), 7, np.uint8)).save(labels)
-    result = segkd("data", "check", "-c", run, "-q")
-    assert result.exit_code == 1
-    assert f"error: {labels}: " in result.stdout
-
-
 def test_data_check_drafts(run: Path, tmp_path: Path) -> None:
     drafted = tmp_path / "draft.toml"
     result = segkd("data", "check", run.parent, "--write", drafted, "-q")
     assert result.exit_code == 0, result.output
     assert segkd("data", "check", "-c", drafted, "-q").stdout == result.stdout
-    fails(
-        2,
-        f"{drafted} exists; name another file, or replace it with --overwrite",
-        *("data", "check", run.parent, "--write", drafted),
-    )
-
-
-# Run files
-
-
-def test_print_config_is_a_run_file(run: Path, tmp_path: Path) -> None:
-    printed = segkd("train-student", "-c", run, "-s", "train.steps=7", "--print-config").stdout
-    assert "steps = 7" in printed
-    again = tmp_path / "again.toml"
-    again.write_text(printed)
-    assert segkd("train-student", "-c", again, "--print-config").stdout == printed
-
-
-def test_unknown_key(run: Path) -> None:
-    run.write_text(run.read_text() + "\n[loss]\ntemprature = 2\n")
-    fails(
-        2,
-        f"{run}: loss.temprature = 2: there is no such key; did you mean loss.temperature?",
-        *("teacher-cache", "-c", run),
-    )
-
-
-def test_several_problems_of_file_and_command_line(run: Path) -> None:
-    run.write_text(run.read_text().replace("steps = 2", 'steps = "2"'))
-    fails(
-        2,
-        f'{run}: train.steps = "2": expected a valid integer\n'
-        "--set train.lablled=3: train.lablled = 3: there is no such key; did you mean train.labelled?",
-        *("train-student", "-c", run, "-s", "train.lablled=3"),
-    )
-
-
-def test_missing_and_broken_run_files(tmp_path: Path) -> None:
-    absent, broken = tmp_path / "absent.toml", tmp_path / "broken.toml"
-    fails(2, f"{absent}: there is no such file; name an existing run file (.toml)", "teacher-cache", "-c", absent)
-    broken.write_text("[data\n")
-    fails(
-        2,
-        f"{broken}: not valid TOML: Expected ']' at the end of a table declaration (at line 1, column 6)",
-        *("teacher-cache", "-c", broken),
-    )
-
-
-def test_a_run_file_without_data(tmp_path: Path) -> None:
-    empty = tmp_path / "empty.toml"
-    empty.write_text("")
-    fails(2, f"{empty}: data: is missing and has no default", "teacher-cache", "-c", empty)
-
-
-@pytest.mark.parametrize(("table", "command"), [("teacher", "teacher-cache"), ("student", "train-student")])
-def test_a_table_that_a_command_needs(run: Path, table: str, command: str, tmp_path: Path) -> None:
-    reference = {"teacher": f'reference = "{run.parent}/teacher.py:build"\nstride = 4', "student": 'reference = "enet"'}
-    run.write_text(run.read_text().replace(f"[{table}]\n{reference[table]}\n", ""))
-    options = ["-o", tmp_path / "out"] if command == "train-student" else []
-    fails(
-        2,
-        f"the run has no {table}: expected a table [{table}] with the network's reference; "
-        f"add it to the run file, or give --set {table}.reference=NAME",
-        *(command, "-c", run, *options),
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["teacher-cache"], "Missing option '-c' / '--config': the run file that says what to work on."),
-        (["evaluate"], "Name one thing to score: CHECKPOINT, --teacher, --student or --cache."),
-        (
-            ["evaluate", "x.safetensors", "--cache"],
-            "Name one thing to score: CHECKPOINT, --teacher, --student or --cache.",
-        ),
-        (["evaluate", "--cache"], "Missing option '-c' / '--config': the run file that describes the cache."),
-        (["data", "check"], "Give either the run file (--config), or a FOLDER and where to --write its description."),
-        (
-            ["data", "check", "x"],
-            "Give either the run file (--config), or a FOLDER and where to --write its description.",
-        ),
-        (["teach"], "No such command 'teach'."),
-    ],
-)
-def test_wrong_usage(arguments: list[str], message: str) -> None:
-    result = segkd(*arguments)
-    assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1].startswith(f"Error: {message}")
-
-
-# Things that are not so
-
-
-def test_things_that_are_not_there(run: Path, tmp_path: Path) -> None:
-    cache, checkpoint = tmp_path / "cache.zarr", tmp_path / "x.safetensors"
-    fails(1, f"there is no cache at {cache}; write one with segkd teacher-cache", "cache", "info", cache)
-    fails(
-        1,
-        f"{checkpoint}: there is no such file; name a checkpoint that train-student wrote",
-        *("evaluate", checkpoint, "-c", run),
-    )
-
-
-def test_a_cache_of_other_images(run: Path) -> None:
-    result_of("teacher-cache", "-c", run)
-    Image.fromarray(np.zeros((32, 40, 3), np.uint8)).save(run.parent / "images" / "d" / "0.png")
-    fails(
-        1,
-        f"sample 'd/0' is not the image that {run.parent}/cache.zarr was written from; "
-        "restore the image, or write the cache again with segkd teacher-cache",
-        *("evaluate", "-c", run, "--cache", "-q"),
-    )
-
-
-def test_a_cache_of_other_classes(done: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.toml"
-    other.write_text(done.read_text().replace('"blue"', '"azure"'))
-    fails(
-        1,
-        f"{done.parent}/cache.zarr is over the classes red, green, blue, the data has red, green, azure; "
-        "name these data's cache, or write one with segkd teacher-cache",
-        *("evaluate", "-c", other, "--cache", "-q"),
-    )
-
-
-def test_a_cache_of_another_teacher(done: Path) -> None:
-    result = segkd("teacher-cache", "-c", done, "-s", "teacher.preprocessing.std=[1, 1, 1]", "-q")
-    assert result.exit_code == 1
-    assert result.stderr.startswith(f"Error: {done.parent}/cache.zarr was written with another preprocessing")
-
-
-def test_a_role_without_samples(run: Path) -> None:
-    run.write_text(run.read_text().replace('report = ["d"]', ""))
-    result = segkd("evaluate", "-c", run, "--teacher")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.splitlines()[-1].startswith("Error: there is no sample to score; ")
 
 
 # How things end
@@ -431,7 +182,8 @@ def test_what_the_system_refuses_is_an_error_with_its_place(run: Path, monkeypat
         raise OSError(28, "No space left on device", "/full/cache")
 
     monkeypatch.setattr("segkd.pipeline.teacher.cache.teacher_cache", refuse)
-    fails(1, "/full/cache: No space left on device", "teacher-cache", "-c", run)
+    result = segkd("teacher-cache", "-c", run)
+    assert (result.exit_code, result.stderr) == (1, "Error: /full/cache: No space left on device\n")
 
 
 def test_logs_and_progress_go_to_standard_error(run: Path) -> None:

@@ -1,0 +1,318 @@
+"""Bad input, as the command line answers it: one clear message, the exit status, nothing half-written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from segkd.cli.main import main
+
+
+def segkd(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def fails(status: int, message: str, *arguments: str | Path) -> None:
+    """The command ends with a status, one message on standard error and nothing on standard output."""
+    result = segkd(*arguments)
+    assert (result.stderr, result.stdout) == (f"Error: {message}\n", "")
+    assert result.exit_code == status
+    assert "Traceback" not in result.output
+
+
+# Run files
+
+
+def test_print_config_is_a_run_file(run: Path, tmp_path: Path) -> None:
+    printed = segkd("train-student", "-c", run, "-s", "train.steps=7", "--print-config").stdout
+    assert "steps = 7" in printed
+    again = tmp_path / "again.toml"
+    again.write_text(printed)
+    assert segkd("train-student", "-c", again, "--print-config").stdout == printed
+
+
+def test_unknown_key(run: Path) -> None:
+    run.write_text(run.read_text() + "\n[loss]\ntemprature = 2\n")
+    fails(
+        2,
+        f"{run}: loss.temprature = 2: there is no such key; did you mean loss.temperature?",
+        *("teacher-cache", "-c", run),
+    )
+
+
+def test_several_problems_of_file_and_command_line(run: Path) -> None:
+    run.write_text(run.read_text().replace("steps = 2", 'steps = "2"'))
+    fails(
+        2,
+        f'{run}: train.steps = "2": expected a valid integer\n'
+        "--set train.lablled=3: train.lablled = 3: there is no such key; did you mean train.labelled?",
+        *("train-student", "-c", run, "-s", "train.lablled=3"),
+    )
+
+
+def test_missing_and_broken_run_files(tmp_path: Path) -> None:
+    absent, broken = tmp_path / "absent.toml", tmp_path / "broken.toml"
+    fails(2, f"{absent}: there is no such file; name an existing run file (.toml)", "teacher-cache", "-c", absent)
+    broken.write_text("[data\n")
+    fails(
+        2,
+        f"{broken}: not valid TOML: Expected ']' at the end of a table declaration (at line 1, column 6)",
+        *("teacher-cache", "-c", broken),
+    )
+
+
+def test_a_run_file_without_data(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.toml"
+    empty.write_text("")
+    fails(2, f"{empty}: data: is missing and has no default", "teacher-cache", "-c", empty)
+
+
+@pytest.mark.parametrize(("table", "command"), [("teacher", "teacher-cache"), ("student", "train-student")])
+def test_a_table_that_a_command_needs(run: Path, table: str, command: str, tmp_path: Path) -> None:
+    reference = {"teacher": f'reference = "{run.parent}/teacher.py:build"\nstride = 4', "student": 'reference = "enet"'}
+    run.write_text(run.read_text().replace(f"[{table}]\n{reference[table]}\n", ""))
+    options = ["-o", tmp_path / "out"] if command == "train-student" else []
+    fails(
+        2,
+        f"the run has no {table}: expected a table [{table}] with the network's reference; "
+        f"add it to the run file, or give --set {table}.reference=NAME",
+        *(command, "-c", run, *options),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["teacher-cache"], "Missing option '-c' / '--config': the run file that says what to work on."),
+        (["evaluate"], "Name one thing to score: CHECKPOINT, --teacher, --student or --cache."),
+        (
+            ["evaluate", "x.safetensors", "--cache"],
+            "Name one thing to score: CHECKPOINT, --teacher, --student or --cache.",
+        ),
+        (["evaluate", "--cache"], "Missing option '-c' / '--config': the run file that describes the cache."),
+        (["data", "check"], "Give either the run file (--config), or a FOLDER and where to --write its description."),
+        (
+            ["data", "check", "x"],
+            "Give either the run file (--config), or a FOLDER and where to --write its description.",
+        ),
+        (["teach"], "No such command 'teach'."),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str) -> None:
+    result = segkd(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith(f"Error: {message}")
+
+
+# Things that are not so
+
+
+def test_things_that_are_not_there(run: Path, tmp_path: Path) -> None:
+    cache, checkpoint = tmp_path / "cache.zarr", tmp_path / "x.safetensors"
+    fails(1, f"there is no cache at {cache}; write one with segkd teacher-cache", "cache", "info", cache)
+    fails(
+        1,
+        f"{checkpoint}: there is no such file; name a checkpoint that train-student wrote",
+        *("evaluate", checkpoint, "-c", run),
+    )
+
+
+def test_a_cache_of_other_images(run: Path) -> None:
+    assert segkd("teacher-cache", "-c", run).exit_code == 0
+    Image.fromarray(np.zeros((32, 40, 3), np.uint8)).save(run.parent / "images" / "d" / "0.png")
+    fails(
+        1,
+        f"sample 'd/0' is not the image that {run.parent}/cache.zarr was written from; "
+        "restore the image, or write the cache again with segkd teacher-cache",
+        *("evaluate", "-c", run, "--cache", "-q"),
+    )
+
+
+def test_a_cache_of_other_classes(done: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text(done.read_text().replace('"blue"', '"azure"'))
+    fails(
+        1,
+        f"{done.parent}/cache.zarr is over the classes red, green, blue, the data has red, green, azure; "
+        "name these data's cache, or write one with segkd teacher-cache",
+        *("evaluate", "-c", other, "--cache", "-q"),
+    )
+
+
+def test_a_cache_of_another_teacher(done: Path) -> None:
+    result = segkd("teacher-cache", "-c", done, "-s", "teacher.preprocessing.std=[1, 1, 1]", "-q")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {done.parent}/cache.zarr was written with another preprocessing")
+
+
+def test_a_role_without_samples(run: Path) -> None:
+    run.write_text(run.read_text().replace('report = ["d"]', ""))
+    result = segkd("evaluate", "-c", run, "--teacher")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith("Error: there is no sample to score; ")
+
+
+# Data
+
+
+def spoil(path: Path, pixels: np.ndarray[tuple[int, ...], np.dtype[Any]]) -> None:
+    Image.fromarray(pixels).save(path)
+
+
+def labels_with(value: int) -> np.ndarray[tuple[int, ...], np.dtype[Any]]:
+    """A label map of zeros, but for one pixel."""
+    labels = np.zeros((32, 40), np.uint8)
+    labels[3, 7] = value
+    return labels
+
+
+def remove_images(root: Path) -> None:
+    for path in (root / "images").rglob("*.png"):
+        path.unlink()
+
+
+def rename_labels(root: Path) -> None:
+    for path in list((root / "labels").rglob("*.png")):
+        path.rename(path.with_name(f"x{path.name}"))
+
+
+def give_a_folder_two_roles(root: Path) -> None:
+    run = root / "tiny.toml"
+    run.write_text(run.read_text().replace('report = ["d"]', 'report = ["a"]'))
+
+
+BAD_DATA: dict[str, tuple[Callable[[Path], object], int, str]] = {
+    "an empty folder": (
+        remove_images,
+        1,
+        "ROOT/images: holds no images; expected files *{.bmp,.jpeg,.jpg,.png,.tif,.tiff,.webp}",
+    ),
+    "no common stems": (
+        rename_labels,
+        1,
+        "ROOT: no image has a label map of its name; images are 'a/0', 'a/1', 'b/0', "
+        "label maps 'a/x0', 'a/x1', 'b/x0'; "
+        "set data.image_suffix and data.label_suffix (reader 'folder') to what differs",
+    ),
+    "a truncated image": (
+        lambda root: (root / "images/a/0.png").write_bytes((root / "images/a/0.png").read_bytes()[:100]),
+        1,
+        "ROOT/images/a/0.png: cannot be read (image file is truncated); restore the file or take it out of the data",
+    ),
+    "a 16-bit image": (
+        lambda root: spoil(root / "images/a/0.png", np.zeros((32, 40), np.uint16)),
+        1,
+        "ROOT/images/a/0.png: an image with 16 bits a channel, expected 8-bit RGB, grey or palette; "
+        "convert it, with the range of brightness that the networks are to see",
+    ),
+    "a transparent image": (
+        lambda root: spoil(root / "images/a/0.png", np.zeros((32, 40, 4), np.uint8)),
+        1,
+        "ROOT/images/a/0.png: an image with transparent pixels, expected opaque ones; "
+        "flatten it onto the background that the networks are to see",
+    ),
+    "sizes that differ": (
+        lambda root: spoil(root / "labels/a/0.png", np.zeros((30, 40), np.uint8)),
+        1,
+        "ROOT/labels/a/0.png: 30 x 40 pixels, but its image 0.png has 32 x 40 (height x width); make them of one size",
+    ),
+    "a label outside the map": (
+        lambda root: spoil(root / "labels/a/0.png", labels_with(9)),
+        1,
+        "ROOT/labels/a/0.png: row 3, column 7: value 9 is no class, expected 0-2, 255; "
+        "map all values of these files in [data.label_values]",
+    ),
+    "training on report samples": (
+        give_a_folder_two_roles,
+        2,
+        "data.folders gives 'a' to both train and report; leave it to one of them",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data(run: Path, case: str) -> None:
+    make_bad, status, message = BAD_DATA[case]
+    make_bad(run.parent)
+    message = message.replace("ROOT", str(run.parent))
+    checked = segkd("data", "check", "-c", run, "-q")
+    assert checked.exit_code == 1
+    assert f"error: {message}\n" in checked.stdout
+    output = run.parent / "out"
+    fails(
+        status,
+        message,
+        *("train-student", "-c", run, "-q", "--no-distill", "-s", "train.auxiliary=0", "-o", output),
+    )
+    assert not (output / "best.safetensors").exists()
+
+
+def test_an_image_that_fails_stage_1_is_named_and_its_unit_not_committed(run: Path) -> None:
+    image = run.parent / "images" / "a" / "0.png"
+    image.write_bytes(image.read_bytes()[:100])
+    fails(
+        1,
+        f"{image}: cannot be read (image file is truncated); restore the file or take it out of the data",
+        *("teacher-cache", "-c", run, "-q"),
+    )
+    unfinished = segkd("evaluate", "-c", run, "--cache", "-q")
+    assert unfinished.exit_code == 1
+    assert "is not finished: " in unfinished.stderr
+
+
+def test_a_nan_from_the_teacher(run: Path) -> None:
+    fails(
+        1,
+        f"{run.parent}/teacher.py:build returned NaN or +inf for b/0; check its weights and preprocessing",
+        *("teacher-cache", "-c", run, "-q", "-s", "teacher.arguments={failing=true}"),
+    )
+    assert segkd("cache", "info", run.parent / "cache.zarr", "--json").stdout.count('"sealed": false') == 1
+
+
+# Nothing is overwritten
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train-student", "-c", "RUN", "-o", "ROOT/student"],
+            "ROOT/student already holds a run (run.json, metrics.jsonl, last.safetensors, best.safetensors); "
+            "go on with --resume, replace it with --overwrite, or name another output folder",
+        ),
+        (
+            ["data", "check", "ROOT", "--write", "RUN"],
+            "RUN exists; name another file, or replace it with --overwrite",
+        ),
+        (
+            ["cache", "show", "-c", "RUN", "a/0", "-o", "ROOT/shown"],
+            "ROOT/shown/a-0.png exists; name another folder, or replace it with --overwrite",
+        ),
+        (
+            ["predict", "ROOT/student/best.safetensors", "ROOT/images/d", "-o", "ROOT/predicted"],
+            "ROOT/predicted/labels/1.png exists, and so do 0 more of 4 files to write; "
+            "choose another folder or allow it with --overwrite",
+        ),
+    ],
+)
+def test_refusing_to_overwrite(done: Path, arguments: list[str], message: str) -> None:
+    for standing in ("shown/a-0.png", "predicted/labels/1.png"):
+        (done.parent / standing).parent.mkdir(parents=True, exist_ok=True)
+        (done.parent / standing).touch()
+    before = {path: path.read_bytes() for path in done.parent.rglob("*") if path.is_file()}
+    names = {"ROOT": str(done.parent), "RUN": str(done)}
+    for name, place in names.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+        message = message.replace(name, place)
+    fails(2, message, *arguments)
+    assert {path: path.read_bytes() for path in done.parent.rglob("*") if path.is_file()} == before
+
+
+def test_a_sample_that_the_data_does_not_have(done: Path, tmp_path: Path) -> None:
+    fails(1, "the data has no sample 'a/9'; its first is 'b/0'", *("cache", "show", "-c", done, "a/9", "-o", tmp_path))
