@@ -44,6 +44,7 @@ check: $(STAMP) ## lint, format, types
 	@mkdir -p $(TYPING)
 	@cd $(TYPING) && ln -sfn ../../../storage ../../../pipeline ../../../cli ../../../packaging/segkd/* .
 	$(BIN)/mypy --strict -p segkd
+	$(BIN)/mypy --strict $(wildcard benchmarks/*.py examples/*.py)
 
 bench: $(STAMP) ## measure speed and size on this machine
 	$(BIN)/python benchmarks/run.py $(run_file) $(ARGS)
