@@ -5,6 +5,7 @@ Two caches with equal specifications and equal inputs are equal. Nothing here te
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -140,7 +141,7 @@ def require_equal(expected: CacheSpec, found: CacheSpec, where: str) -> None:
         differing.append("list of samples")
     elif expected.plan != found.plan:
         differing.append("unit plan")
-    if differing or expected.to_dict() != found.to_dict():
+    if differing or json.dumps(expected.to_dict(), sort_keys=True) != json.dumps(found.to_dict(), sort_keys=True):
         raise CacheMismatchError(
             f"{where} was written with another {', '.join(dict.fromkeys(differing)) or 'description'}; "
             "give this run another cache path, or remove the old cache"

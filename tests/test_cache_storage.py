@@ -57,7 +57,11 @@ def spec_for(plan: Plan, **changes: str) -> CacheSpec:
     }
     fingerprints = {"teacher": "t", "preprocessing": "p", "classes": "c", "coding": "k", **changes}
     return CacheSpec(
-        classes=("a", "b", "c"), targets=targets, plan=plan.spec, fingerprints=fingerprints, teacher={"reference": "x"}
+        classes=("a", "b", "c"),
+        targets=targets,
+        plan=plan.spec,
+        fingerprints=fingerprints,
+        teacher={"reference": "x", "mean": (0.5, 0.5, 0.5)},
     )
 
 
