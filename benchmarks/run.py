@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -71,9 +72,9 @@ def windows(cache: CacheReader, side: int = 32, reads: int = 400) -> Iterator[Me
     """Random windows, each of another sample, as training reads them."""
     rng, entries = np.random.default_rng(0), cache.entries()
 
-    def read() -> None:
-        entry = entries[rng.integers(len(entries))]
-        spans = [(rng.integers(max(cells - side, 0) + 1), min(side, cells)) for cells in entry.mapping.shape]
+    def read(_: int) -> None:
+        entry = entries[int(rng.integers(len(entries)))]
+        spans = [(int(rng.integers(max(cells - side, 0) + 1)), min(side, cells)) for cells in entry.mapping.shape]
         rows, columns = (range(start, start + length) for start, length in spans)
         cache.window(entry, "soft", rows, columns)
 
@@ -102,8 +103,7 @@ def training_steps(inputs: Inputs, run: RunConfig, cache: CacheReader, repeats: 
     for how, loss in (("cross-entropy alone", alone), ("with the teacher's terms", inputs.loss)):
         network = load_network(student, len(inputs.source.classes))
         trainer = Trainer(network, run.train, loss, device=device, cache=cache, class_weights=inputs.class_weights)
-        numbers = iter(range(run.train.steps))
-        times = milliseconds(lambda trainer=trainer, numbers=numbers: trainer.step(batch, next(numbers)), repeats)
+        times = milliseconds(functools.partial(trainer.step, batch), repeats)
         yield Measurement("training step", float(np.median(times)), "ms", f"{len(batch.labelled_N)} crops, {how}")
 
 
@@ -116,12 +116,12 @@ def networks(classes: int = 19) -> Iterator[Measurement]:
         yield Measurement(name, timed.p50_ms, "ms", f"1x3x{shape}, {timed.threads} threads, {timed.dtype}; {cost}")
 
 
-def milliseconds(action: Callable[[], object], repeats: int) -> list[float]:
-    """Duration of each repetition, after two that warm up."""
+def milliseconds(action: Callable[[int], object], repeats: int) -> list[float]:
+    """Duration of each repetition, after two that warm up. ``action`` is given the repetition's number."""
     times = []
-    for _ in range(repeats + 2):
+    for number in range(repeats + 2):
         begin = time.perf_counter()
-        action()
+        action(number)
         times.append((time.perf_counter() - begin) * 1000)
     return times[2:]
 
