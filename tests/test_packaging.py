@@ -62,7 +62,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(sdist, wheel), the wheel built from the sdist, from a copy: setuptools leaves traces where it builds."""
     source = tmp_path_factory.mktemp("source") / "segkd"
-    untracked = shutil.ignore_patterns(".*", "build", "dist", "runs", "carry", "*.egg-info", "__pycache__")
+    untracked = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=untracked)
     output = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", output, cwd=source)
