@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -88,7 +87,6 @@ def test_cached_ramps_lie_where_the_crop_places_their_cells(case: tuple[Crop, Ma
     assert error.max() < 0.01
 
 
-@pytest.mark.xfail(strict=True, reason="geometry.box_weights moves a footprint's mean by up to 0.06 of a cell")
 @given(cases())
 @settings(max_examples=150, deadline=None)
 def test_student_ramps_agree_at_the_teachers_cells(case: tuple[Crop, Mapping, Mapping]) -> None:
