@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,6 +249,7 @@ cases = importlib.util.module_from_spec(spec)
 sys.modules["cases"] = cases
 spec.loader.exec_module(cases)
 from pathlib import Path
+from typing import Any
 from segkd.storage import publish
 plan = cases.small_plan()
 writer = cases.CacheWriter(Path({path!r}), cases.spec_for(plan), plan)
@@ -418,3 +420,15 @@ def test_statistics_add_exactly_in_any_grouping(values: list[float], cut: int) -
 def test_a_measure_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^a coding measure must be finite, got nan$"):
         Measure().add(float("nan"))
+
+
+def test_the_example_of_the_format_page_reads_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
+    example = page.split("```python\n")[1].split("```")[0]
+    plan = write_cache(tmp_path / "cache.zarr")
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(example, found)
+    reader = CacheReader(tmp_path / "cache.zarr")
+    expected = np.exp(reader.values(reader.entry(plan.samples[0].id), "soft"))
+    np.testing.assert_allclose(found["p"], expected, rtol=1e-4, atol=1e-7)
