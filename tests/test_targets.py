@@ -123,7 +123,7 @@ def test_a_class_of_probability_zero_has_no_first_order_map_of_logits() -> None:
         'keep the target "first_order" instead$'
     )
     with pytest.raises(NonFiniteError, match=message):
-        TARGETS["first_order_logits"]().values(values)
+        TARGETS["first_order_logits"]().values(values, MAPPING)
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ class Target(Protocol):
         """What the cache says about it."""
         ...
 
-    def values(self, log_probs_NChw: Tensor) -> Tensor:
-        """The values to be kept, from the uncoded teacher."""
+    def values(self, log_probs_NChw: Tensor, mapping: GridMapping) -> Tensor:
+        """The values to be kept, from the uncoded teacher and where its cells lie."""
         ...
 
     def measure(
@@ -51,7 +51,7 @@ class SoftTargets:
         coder = CompandedDistribution(levels=config.levels)
         return TargetSpec(name="soft", channels=classes, coder=coder, bound=config.max_kl, parameters={})
 
-    def values(self, log_probs_NChw: Tensor) -> Tensor:
+    def values(self, log_probs_NChw: Tensor, mapping: GridMapping) -> Tensor:  # noqa: ARG002  # the protocol's
         return log_probs_NChw
 
     def measure(
@@ -94,7 +94,7 @@ class FirstOrderMap:
         coder = UniformSteps(reach=self.reach)
         return TargetSpec(name=self.name, channels=1, coder=coder, bound=self.bound, parameters=parameters)
 
-    def values(self, log_probs_NChw: Tensor) -> Tensor:
+    def values(self, log_probs_NChw: Tensor, mapping: GridMapping) -> Tensor:  # noqa: ARG002  # the protocol's
         mapped = first_order_map(features_of(log_probs_NChw, self.features))[:, None]
         if not bool(mapped.isfinite().all()):
             raise NonFiniteError(
@@ -166,7 +166,7 @@ def code(
     target: Target, spec: TargetSpec, log_probs_NChw: Tensor, mapping: GridMapping, image_size: tuple[int, int]
 ) -> Coded:
     """Codes each sample on the first rung that keeps the bound, or on the one with the least error if none does."""
-    values = target.values(log_probs_NChw)
+    values = target.values(log_probs_NChw, mapping)
     best: Coded | None = None
     for rung in range(spec.coder.rungs):
         codes = spec.coder.encode(values, rung)

@@ -1,0 +1,293 @@
+"""Stage 1 from end to end, on images of several sizes and a teacher of a user's own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from segkd.pipeline.config import RunConfig, load
+from segkd.pipeline.data.readers import open_data
+from segkd.pipeline.data.stream import StreamConfig, TrainStream
+from segkd.pipeline.data.transforms import AugmentConfig
+from segkd.pipeline.models.network import Grid, NetworkConfig
+from segkd.pipeline.models.predictor import Predictor
+from segkd.pipeline.models.references import load_network
+from segkd.pipeline.student.alignment import align
+from segkd.pipeline.teacher import loop, targets
+from segkd.pipeline.teacher.cache import teacher_cache
+from segkd.pipeline.teacher.config import CacheConfig
+from segkd.storage.coding import Raw
+from segkd.storage.errors import CacheMismatchError, NetworkError
+from segkd.storage.geometry import Mapping
+from segkd.storage.reader import CacheReader
+from segkd.storage.spec import TargetSpec
+
+SIZES = {"a": (32, 40), "b": (33, 75), "c": (32, 40), "d": (70, 41)}
+
+
+@pytest.fixture
+def sized(run: Path) -> RunConfig:
+    """The tiny run with images of several sizes, and small units."""
+    rng = np.random.default_rng(1)
+    for folder, (height, width) in SIZES.items():
+        for kind, shape in (("images", (height, width, 3)), ("labels", (height, width))):
+            for number in range(3):
+                pixels = rng.integers(0, 256 if kind == "images" else 3, shape, np.uint8)
+                Image.fromarray(pixels).resize((width, height)).save(run.parent / kind / folder / f"{number}.png")
+    return load(run, ["cache.unit_samples=2", "cache.batch=2", "cache.tile=8"])
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def moved(run: RunConfig, name: str) -> RunConfig:
+    """The same run with another cache path."""
+    return replace(run, cache=replace(run.cache, path=str(Path(run.cache.path).with_name(name))))
+
+
+def test_the_cache_holds_what_the_teacher_says(sized: RunConfig) -> None:
+    summary = teacher_cache(sized)
+    assert summary.roles == {"auxiliary": 3, "report": 3, "train": 3}
+    reader, data = CacheReader(sized.cache.path), open_data(sized.data)
+    teacher = sized.the_teacher()
+    predictor = Predictor(load_network(teacher, 3), teacher, data.classes.names)
+    worst = 0.0
+    for sample in data.samples:
+        if sample.role == "select":
+            continue
+        entry = reader.entry(sample.id)
+        log_probs, mapping = predictor.predict([data.image(sample)])
+        kept = torch.from_numpy(reader.values(entry, "soft"))[None]
+        assert entry.mapping == mapping
+        assert entry.image_size == data.size(sample)
+        assert torch.equal(kept.argmax(1), log_probs.argmax(1))
+        worst = max(worst, float((log_probs.exp() * (log_probs - kept)).sum(1).mean()))
+        first = targets.TARGETS["first_order"]().values(log_probs, mapping)
+        assert float((torch.from_numpy(reader.values(entry, "first_order"))[None] - first).abs().max()) < 0.003
+    assert summary.report["soft"]["measures"]["kl_cells"]["maximum"] == pytest.approx(worst, rel=1e-3)
+
+
+def test_the_second_run_does_nothing(sized: RunConfig) -> None:
+    assert teacher_cache(sized).written == 9
+    before = files_of(Path(sized.cache.path))
+    again = teacher_cache(sized)
+    assert (again.written, again.sealed) == (0, True)
+    assert files_of(Path(sized.cache.path)) == before
+
+
+def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(sized: RunConfig, run: Path) -> None:
+    teacher_cache(sized)
+    killed = Path(sized.cache.path).with_name("killed.zarr")
+    command = [sys.executable, "-m", "segkd.cli", "teacher-cache", "-c", str(run), "-q"]
+    for setting in ("unit_samples=2", "batch=2", "tile=8", f"path={json.dumps(str(killed))}"):
+        command += ["--set", f"cache.{setting}"]
+    kills = 0
+    for committed in (0, 2, 4):
+        # Slow enough to be caught between units: each batch of the teacher waits a moment.
+        process = subprocess.Popen([sys.executable, "-c", SLOWED, *command[3:]])
+        while process.poll() is None and len(list((killed / "commits").glob("0*.json"))) <= committed:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "complete" in finished.stdout
+    assert files_of(killed) == files_of(Path(sized.cache.path))
+
+
+SLOWED = """
+import sys, time
+from segkd.pipeline.models.predictor import Predictor
+infer = Predictor.infer
+def slowly(self, *arguments):
+    time.sleep(0.3)
+    return infer(self, *arguments)
+Predictor.infer = slowly
+from segkd.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def test_out_of_memory_halves_the_batch(sized: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = teacher_cache(sized)
+    infer, batches = Predictor.infer, []
+
+    def small(self: Predictor, inputs: Tensor, *rest: object) -> tuple[Tensor, Mapping]:
+        batches.append(len(inputs))
+        if len(inputs) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return infer(self, inputs, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Predictor, "infer", small)
+    summary = teacher_cache(moved(sized, "halved.zarr"))
+    assert summary.report == expected.report
+    assert set(batches) == {1, 2}
+
+
+def test_one_image_that_is_too_large_for_the_device_is_an_error(
+    sized: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Predictor, "infer", never)
+    with pytest.raises(
+        NetworkError,
+        match=r"^the device has no memory for one image of 33x75 pixels; run on another device or with precision",
+    ):
+        teacher_cache(sized)
+
+
+def test_another_teacher_is_refused_and_the_same_one_elsewhere_is_not(sized: RunConfig, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    torch.save({"x": torch.zeros(1)}, weights / "a.pth")
+    teacher = Path(sized.the_teacher().reference.split(":")[0])
+    source = teacher.read_text().replace("def build(failing: bool = False)", "def build(weights: str, failing=False)")
+    teacher.write_text(source)
+    described = replace(sized.the_teacher(), arguments={"weights": str(weights / "a.pth")})
+    named = replace(sized, teacher=described)
+    teacher_cache(named)
+    (weights / "a.pth").rename(tmp_path / "a.pth")
+    elsewhere = replace(named, teacher=replace(described, arguments={"weights": str(tmp_path / "a.pth")}))
+    assert teacher_cache(elsewhere).written == 0
+    torch.save({"x": torch.ones(1)}, tmp_path / "a.pth")
+    with pytest.raises(CacheMismatchError, match="was written with another teacher; give this run another cache path"):
+        teacher_cache(elsewhere)
+
+
+def test_batches_have_one_size_and_never_cross_a_unit(sized: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    code_batch = loop.Stage1._code_batch
+
+    def spy(self: loop.Stage1, batch: list[loop.PlannedSample], inputs: Tensor) -> object:
+        seen.append([sample.id for sample in batch])
+        assert len({sample.image_size for sample in batch}) == 1
+        assert len({sample.role for sample in batch}) == 1
+        return code_batch(self, batch, inputs)
+
+    monkeypatch.setattr(loop.Stage1, "_code_batch", spy)
+    teacher_cache(sized)
+    assert sorted(name for batch in seen for name in batch) == sorted(f"{f}/{k}" for f in "abd" for k in range(3))
+    assert max(map(len, seen)) == 2
+
+
+def test_a_cache_of_one_coarse_rung_reports_what_is_over_the_bound(sized: RunConfig) -> None:
+    summary = teacher_cache(replace(sized, cache=replace(sized.cache, levels=(3,), max_kl=1e-6)))
+    assert summary.report["soft"]["over_bound"] == 9
+    assert "9 samples OVER the bound" in "\n".join(summary.lines())
+
+
+@dataclass(frozen=True)
+class Ramps:
+    """A third target: the pixel coordinates of every cell's centre. All that a target needs stands here."""
+
+    def spec(self, config: CacheConfig, classes: int) -> TargetSpec:  # noqa: ARG002
+        return TargetSpec(name="ramps", channels=2, coder=Raw(), bound=0.0, parameters={})
+
+    def values(self, log_probs_NChw: Tensor, mapping: Mapping) -> Tensor:
+        y = mapping.y.scale * torch.arange(mapping.y.cells) + mapping.y.offset
+        x = mapping.x.scale * torch.arange(mapping.x.cells) + mapping.x.offset
+        return torch.stack(torch.meshgrid(y, x, indexing="ij"))[None].expand(len(log_probs_NChw), -1, -1, -1).clone()
+
+    def measure(
+        self,
+        values: Tensor,
+        decoded: Tensor,
+        mapping: Mapping,  # noqa: ARG002
+        image_size: tuple[int, int],  # noqa: ARG002
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        error = (values - decoded).abs().flatten(1).amax(1)
+        return error, {"error": error}
+
+
+@pytest.mark.parametrize("student", [Grid(stride=4), Grid(stride=8), Grid(stride=3), Grid(stride=16)])
+def test_ramps_through_a_real_cache_and_the_training_stream(
+    sized: RunConfig, monkeypatch: pytest.MonkeyPatch, student: Grid
+) -> None:
+    """C2 from end to end: written by stage 1, read by windows, placed by the student's side."""
+    monkeypatch.setitem(targets.TARGETS, "ramps", Ramps)
+    cache = replace(sized.cache, targets=("soft", "first_order", "ramps"))  # type: ignore[arg-type]
+    teacher_cache(replace(sized, cache=cache))
+    reader, data = CacheReader(cache.path), open_data(sized.data)
+    augment = AugmentConfig(crop=(37, 45), scale=(0.5, 2.0), photometric=0.0)
+    described = NetworkConfig(reference="enet")
+    stream = TrainStream(
+        data, reader, ("ramps",), StreamConfig(labelled=2, auxiliary=2), augment, described.preprocessing
+    )
+    grid, checked = student.mapping(*augment.crop), 0
+    for step in range(12):
+        sources = stream[step].sources
+        assert sources is not None
+        for s in range(len(sources.crop_S)):
+            # What lies where in the original: the crop's pixels by the ramps themselves, at two cells of the window.
+            ramps = sources.codes["ramps"][s]
+            valid = sources.counts_Shw[s]
+            if valid.sum() < 4:
+                continue
+            rows, columns = (sorted(set(index.tolist())) for index in valid.nonzero(as_tuple=True))
+            affine = []
+            for axis, (cells, line) in enumerate(((rows, ramps[0, :, columns[0]]), (columns, ramps[1, rows[0]]))):
+                if len(cells) < 2:
+                    break
+                scale, offset = sources.cell_to_crop_S22[s, axis].tolist()
+                low, high = cells[0], cells[-1]
+                slope = float(line[high] - line[low]) / (scale * (high - low))
+                affine.append((slope, float(line[low]) - slope * (scale * low + offset)))
+            if len(affine) < 2:
+                continue
+            places = []
+            for (slope, start), axis_ in zip(affine, (grid.y, grid.x), strict=True):
+                places.append(start + slope * (axis_.scale * torch.arange(axis_.cells) + axis_.offset))
+            logits = torch.stack(torch.meshgrid(*places, indexing="ij"))[None].expand(4, -1, -1, -1)
+            aligned = align(logits, grid, sources)[s]
+            for axis in range(2):
+                low_, high_ = sorted((float(places[axis][0]), float(places[axis][-1])))
+                expected = ramps[axis].clamp(low_, high_)
+                assert float((aligned[axis] - expected)[valid].abs().max()) / 4 < 0.01
+            checked += 1
+    assert checked > 20
+
+
+def test_first_order_values_move_and_do_not_change(sized: RunConfig) -> None:
+    """Under any scale or flip the cells of a window are those of the cache, as written and in their order."""
+    teacher_cache(sized)
+    reader, data = CacheReader(sized.cache.path), open_data(sized.data)
+    augment = AugmentConfig(crop=(30, 30), scale=(0.5, 2.0))
+    preprocessing = NetworkConfig(reference="enet").preprocessing
+    stream = TrainStream(data, reader, ("first_order",), StreamConfig(labelled=3), augment, preprocessing)
+    flipped = 0
+    for step in range(10):
+        sources, draws = stream[step].sources, stream.draws(step)
+        assert sources is not None
+        for s, draw in enumerate(draws):
+            entry = reader.entry(draw.sample.id)
+            height, width = entry.mapping.shape
+            whole = reader.window(entry, "first_order", range(height), range(width))[0]
+            codes, valid = sources.codes["first_order"][s, 0].numpy(), sources.counts_Shw[s].numpy()
+            flipped += bool(sources.cell_to_crop_S22[s, 1, 0] < 0)
+            if valid.any():
+                assert found_as_written(codes, valid, whole)
+    assert flipped > 3
+
+
+def found_as_written(codes: np.ndarray, valid: np.ndarray, whole: np.ndarray) -> bool:
+    """Whether the valid part of a window stands somewhere in the whole map, unchanged."""
+    rows, columns = np.flatnonzero(valid.any(1)), np.flatnonzero(valid.any(0))
+    part = codes[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    windows = np.lib.stride_tricks.sliding_window_view(whole, part.shape)
+    same: Callable[..., np.ndarray] = np.all
+    return bool(same(windows == part, axis=(2, 3)).any())
