@@ -32,9 +32,9 @@ from segkd.pipeline.data.scene_view import Camera, Surroundings
 Ground = Callable[[FloatArray, FloatArray], npt.NDArray[np.intp]]
 
 # Materials share their tints, so that a colour alone does not tell a class.
-_BRICKS = ((0.62, 0.36, 0.28), (0.66, 0.56, 0.44), (0.52, 0.5, 0.48), (0.7, 0.62, 0.56), (0.5, 0.36, 0.3))
+_BRICKS = ((0.62, 0.34, 0.26), (0.68, 0.54, 0.38), (0.72, 0.58, 0.5), (0.52, 0.35, 0.28))
 _GREENS = ((0.3, 0.44, 0.17), (0.36, 0.42, 0.2), (0.24, 0.38, 0.16), (0.46, 0.46, 0.24))
-_STONES = ((0.55, 0.53, 0.5), (0.6, 0.53, 0.42), (0.44, 0.45, 0.48), (0.64, 0.6, 0.55))
+_STONES = ((0.54, 0.54, 0.53), (0.46, 0.48, 0.52), (0.64, 0.63, 0.61))
 _METALS = ((0.3, 0.32, 0.33), (0.55, 0.56, 0.56), (0.22, 0.3, 0.26), (0.45, 0.38, 0.32))
 _WOODS = ((0.85, 0.84, 0.8), (0.5, 0.36, 0.24), (0.36, 0.33, 0.3))
 _COATS = ((0.45, 0.28, 0.16), (0.22, 0.17, 0.14), (0.75, 0.7, 0.64), (0.6, 0.42, 0.22))
@@ -163,10 +163,10 @@ class Maker:
             self._hedge(*self._segment(6, 14, 2.5, 8), rng.uniform(0.7, 2.0)) for _ in range(rng.integers(1, 3))
         ]
         for _ in range(rng.integers(1, 3)):
-            start, end = self._segment(5, 11, 3, 8)
+            start, end = self._segment(5, 10, 3, 7)
             tint, spacing = self._tint(_WOODS), rng.uniform(0.25, 0.4)
-            height = rng.uniform(0.9, 1.4)
-            picket = spacing * rng.uniform(0.3, 0.5)
+            height = rng.uniform(0.8, 1.2)
+            picket = spacing * rng.uniform(0.45, 0.65)
             found.append(
                 Fence(label="fence", start=start, end=end, height=height, tint=tint, spacing=spacing, picket=picket)
             )
@@ -175,7 +175,7 @@ class Maker:
             found.append(
                 Wall(label="wall", start=start, end=end, height=rng.uniform(0.4, 0.9), tint=self._tint(_BRICKS))
             )
-        return found + [self._post() for _ in range(rng.integers(2, 5))]
+        return found + [self._post() for _ in range(rng.integers(1, 4))]
 
     def _segment(self, near: float, far: float, short: float, long: float) -> tuple[Point, Point]:
         rng = self._rng
@@ -197,7 +197,7 @@ class Maker:
         posters = []
         for k in range(int(length / 2)):
             if rng.random() < 0.55 * self._clutter:
-                picture = str(rng.choice(list(PHOTOGRAPHS))) if rng.random() < 0.4 else None
+                picture = str(rng.choice(list(PHOTOGRAPHS))) if rng.random() < 0.3 else None
                 size = rng.uniform(0.8, 1.3)
                 posters.append(
                     Poster(
@@ -216,15 +216,15 @@ class Maker:
 
     def _post(self) -> Post:
         lamp = self._rng.random() < 0.4
-        globe = self._rng.uniform(0.16, 0.26) if lamp else 0.0
-        start, end = self._spot(4, 11, 2 * globe if lamp else self._rng.uniform(0.1, 0.2))
+        globe = self._rng.uniform(0.18, 0.28) if lamp else 0.0
+        start, end = self._spot(3.5, 8, 2 * globe if lamp else self._rng.uniform(0.16, 0.28))
         height = self._rng.uniform(1.2, 3.5)
         return Post(label="post", start=start, end=end, height=height, tint=self._tint(_METALS), globe=globe)
 
     def _sign(self) -> list[Upright]:
         rng = self._rng
-        width, foot = rng.uniform(0.5, 1.0), rng.uniform(0.6, 1.6)
-        start, end = self._spot(4, 10, width)
+        width, foot = rng.uniform(0.7, 1.2), rng.uniform(0.6, 1.6)
+        start, end = self._spot(3.5, 8, width)
         picture, frame = str(rng.choice(list(PHOTOGRAPHS))), self._tint(_METALS)
         middle, z = (start[0] + end[0]) / 2, start[1]
         behind = (middle - 0.05, z + 0.02), (middle + 0.05, z + 0.02)
@@ -234,14 +234,14 @@ class Maker:
         ]
 
     def _ball(self) -> Ball:
-        size = self._rng.uniform(0.3, 0.75)
-        start, end = self._spot(2.5, 8, size)
-        material = str(self._rng.choice(["brick", "grass", "gravel", "fur"])) if self._rng.random() < 0.5 else None
+        size = self._rng.uniform(0.4, 0.8)
+        start, end = self._spot(2.5, 6.5, size)
+        material = str(self._rng.choice(["brick", "grass", "gravel", "fur"])) if self._rng.random() < 0.4 else None
         return Ball(label="ball", start=start, end=end, height=size, tint=self._tint(_TOYS), material=material)
 
     def _rock(self) -> Rock:
-        width = self._rng.uniform(0.5, 1.4)
-        start, end = self._spot(3, 10, width)
+        width = self._rng.uniform(0.7, 1.6)
+        start, end = self._spot(2.8, 7.5, width)
         noise = np.cumsum(self._rng.standard_normal(16))
         noise -= np.linspace(0, noise[-1], 16)
         outline = np.clip(0.9 + 0.06 * self._deformation * (noise - noise.mean()), 0.6, 1)
@@ -258,10 +258,10 @@ class Maker:
 
     def _animal(self) -> Animal:
         rng = self._rng
-        height = rng.uniform(1.2, 1.8)
+        height = rng.uniform(1.4, 2.0)
         lean = self._deformation * rng.uniform(-0.25, 0.25)
-        length = height * max(1.15 + self._deformation * rng.uniform(-0.3, 0.2), 0.5)
-        start, end = self._spot(3.5, 11, length + abs(lean))
+        length = height * max(1.15 + self._deformation * rng.uniform(-0.2, 0.2), 0.5)
+        start, end = self._spot(3.2, 8, length + abs(lean))
         return Animal(
             label="animal",
             start=start,

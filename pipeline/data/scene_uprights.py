@@ -15,7 +15,7 @@ from segkd.pipeline.data.scene_materials import FloatArray, photograph, silhouet
 
 Colour = tuple[float, float, float]
 Point = tuple[float, float]
-AMBIENT = 0.55
+AMBIENT = 0.62
 """Light that reaches what the sun does not."""
 
 
@@ -139,7 +139,7 @@ class Post(Upright):
     """Radius of the globe, 0 for none."""
 
     def cover(self, at: Spots) -> FloatArray:
-        radius = 0.05 if self.globe else self.length / 2
+        radius = 0.07 if self.globe else self.length / 2
         shaft = _edge(radius - np.abs(at.along - self.length / 2), at.pixel)
         shaft = shaft * _edge(self.height - self.globe - at.up, at.pixel)
         return np.maximum(shaft, _edge(self.globe - self._from_globe(at), at.pixel)) if self.globe else shaft

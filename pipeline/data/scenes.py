@@ -60,13 +60,13 @@ class SceneConfig:
     """Scenes of role select."""
     report: int = 64
     """Scenes of role report."""
-    per_place: int = 4
+    per_place: int = 2
     """Scenes that show the same place: a group. No place is seen in two roles."""
-    noise: float = 6.0
+    noise: float = 4.0
     """Standard deviation of the sensor's noise, in steps of 255."""
-    blur: float = 0.7
+    blur: float = 0.6
     """Largest radius of the lens's blur in pixels."""
-    clutter: float = 1.0
+    clutter: float = 0.6
     """How many stains, posters, windows and visitors there are; 0 leaves the least."""
     deformation: float = 1.0
     """How ragged outlines are; 0 makes them even."""
