@@ -120,7 +120,8 @@ class Predictor:
         with torch.autocast(
             self.device.type, AUTOCAST_DTYPES.get(self.precision), enabled=self.precision in AUTOCAST_DTYPES
         ):
-            logits: Tensor = self.network(inputs_N3HW)
+            # The fastest layout for convolutions, on CPUs too.
+            logits: Tensor = self.network(inputs_N3HW.contiguous(memory_format=torch.channels_last))
         channels = len(self.config.classes or self.classes)
         if logits.shape[1] != channels:
             raise NetworkError(

@@ -1,0 +1,105 @@
+"""What a training run reads, opened and found to fit together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segkd.pipeline.config import RunConfig
+from segkd.pipeline.data.readers import open_data
+from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample, with_role
+from segkd.pipeline.data.stream import StreamConfig, TrainStream
+from segkd.pipeline.models.network import NetworkConfig
+from segkd.pipeline.student.config import TrainConfig
+from segkd.pipeline.student.losses import LossConfig, needed_targets
+from segkd.storage.errors import ConfigError
+from segkd.storage.reader import CacheReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The open data of a run."""
+
+    source: DataSource
+    cache: CacheReader | None
+    """None when nothing is distilled."""
+    loss: LossConfig
+    """The terms of the run; without distillation those of the teacher have no weight."""
+    stream: TrainStream
+    select: tuple[Sample, ...]
+    """What the run validates on; empty when it does not."""
+    class_weights: Tensor | None
+
+    def samples_digest(self) -> str:
+        """SHA-256 of the samples that the run may draw from or validates on."""
+        used = with_role(self.source, Role.TRAIN, Role.AUXILIARY, Role.SELECT)
+        return hashlib.sha256("".join(f"{sample.role} {sample.id}\n" for sample in used).encode()).hexdigest()
+
+
+def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool) -> Inputs:
+    """Opens data and cache. ``student`` is the complete description, see
+    :func:`segkd.pipeline.models.references.described`.
+
+    Raises ConfigError, DataError, CacheError or ContaminationError where they do not fit each other or the run.
+    """
+    train = run.train
+    loss = run.loss if distill else replace(run.loss, zero_order=0.0, first_order=0.0)
+    targets = needed_targets(loss)
+    if distill and not targets:
+        raise ConfigError(
+            "loss.zero_order and loss.first_order are both 0, so nothing would be distilled; "
+            "give one of them a weight, or train on labels alone with --no-distill"
+        )
+    if train.auxiliary and not distill:
+        raise ConfigError(
+            f"train.auxiliary is {train.auxiliary}, but without distillation nothing can be learned from samples "
+            "without labels; set it to 0"
+        )
+    source = open_data(run.data)
+    if student.class_map or student.classes not in (None, source.classes.names):
+        raise ConfigError(
+            "student.classes and student.class_map do not apply in training: it learns the data's classes"
+        )
+    select = with_role(source, Role.SELECT) if train.validate_every else ()
+    if train.validate_every and not select:
+        raise ConfigError(
+            "the data has no sample of role select to validate on; give some samples this role, "
+            "or set train.validate_every = 0"
+        )
+    cache = CacheReader(run.cache.path) if distill else None
+    config = StreamConfig(labelled=train.labelled, auxiliary=train.auxiliary, seed=train.seed)
+    stream = TrainStream(source, cache, targets, config, run.augment, student.preprocessing)
+    weights = class_weights(source, train)
+    return Inputs(source=source, cache=cache, loss=loss, stream=stream, select=select, class_weights=weights)
+
+
+def class_weights(source: DataSource, config: TrainConfig) -> Tensor | None:
+    """Weights of the cross entropy, float32, one a class. Raises ConfigError where their number is not the classes'.
+
+    "log_frequency" is ``1 / ln(1.02 + p)``, p the class's share of the labelled training pixels (Paszke et al. 2016,
+    ENet), which keeps weights between 1.4 and 50.
+    """
+    count = len(source.classes)
+    if config.class_weights is None or not config.labelled:
+        return None
+    if config.class_weights == "log_frequency":
+        pixels = _class_pixels(source, with_role(source, Role.TRAIN))
+        return torch.from_numpy(1 / np.log(1.02 + pixels / max(pixels.sum(), 1))).float()
+    if len(config.class_weights) != count:
+        raise ConfigError(
+            f"train.class_weights has {len(config.class_weights)} weights, the data {count} classes "
+            f"({', '.join(source.classes.names)}); give one a class"
+        )
+    return torch.tensor(config.class_weights)
+
+
+def _class_pixels(source: DataSource, samples: Sequence[Sample]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    total = np.zeros(IGNORE + 1, np.int64)
+    for sample in samples:
+        total += np.bincount(source.labels(sample).ravel(), minlength=len(total))
+    return total[: len(source.classes)]

@@ -1,0 +1,69 @@
+"""Whether and from where a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from segkd.pipeline.student import checkpoint
+from segkd.pipeline.student.checkpoint import Description
+from segkd.pipeline.student.folder import RunFolder
+from segkd.storage.errors import CheckpointError
+
+HARMLESS = (
+    "teacher",
+    "cache",
+    "data.root",
+    "train.workers",
+    "train.threads",
+    "train.device",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.tensorboard",
+)
+"""What a resumed run may have otherwise: where things are and how fast it goes. What the cache holds is compared by its
+fingerprints, the data by the list of its samples."""
+
+
+def last_checkpoint(folder: RunFolder) -> tuple[Description, dict[str, Tensor]] | None:
+    """What the folder's run goes on from; None where no run was begun. Raises CheckpointError."""
+    if folder.last.exists():
+        return checkpoint.load(folder.last)
+    if folder.best.exists():
+        raise CheckpointError(
+            f"{folder.last} is gone, so the run cannot go on, and beginning anew would replace {folder.best.name}; "
+            "give --overwrite if that is meant, or name another output folder"
+        )
+    return None
+
+
+def require_same(held: Description, now: Description, path: Path) -> None:
+    """Raises CheckpointError that names what differs between the run of the checkpoint at ``path`` and this one."""
+    before, after = dict(_flat(held.run)), dict(_flat(now.run))
+    differing = [
+        f"{key} ({before.get(key)!r}, now {after.get(key)!r})"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not _is_harmless(key)
+    ]
+    differing += ["the classes"] if held.classes != now.classes else []
+    differing += ["the list of samples"] if held.samples != now.samples else []
+    if differing:
+        raise CheckpointError(
+            f"{path} is of a run that differs in {', '.join(differing)}; resume it as it was begun, "
+            "begin anew with --overwrite, or name another output folder"
+        )
+
+
+def _is_harmless(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

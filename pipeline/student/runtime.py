@@ -1,0 +1,68 @@
+"""What surrounds a training run: torch's settings and the wish to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from segkd.pipeline.student.config import TrainConfig
+
+
+@contextmanager
+def torch_settings(config: TrainConfig) -> Iterator[None]:
+    """Threads and determinism as the configuration says, and as before afterwards."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        # cuBLAS reads this when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+CAUGHT = (signal.SIGINT, signal.SIGTERM)
+
+
+def leave_signals_to_parent(_worker: int) -> None:
+    """For processes that a run starts: a terminal or a scheduler signals them too, and they must outlive the step."""
+    for number in CAUGHT:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a request that is looked at between steps; a second one acts as usual.
+
+    Signals are caught inside ``with`` only, and only in the main thread, as Python demands.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._catch) for number in CAUGHT}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - what Python calls handlers with
+        self.signal = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+        self._before = {}

@@ -1,0 +1,177 @@
+"""One optimiser step, and the state that steps leave behind.
+
+Shapes: N crops of H,W pixels; logits N,C,h,w on the student's grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segkd.pipeline.data.batch import Batch
+from segkd.pipeline.models.layers import Network
+from segkd.pipeline.models.predictor import AUTOCAST_DTYPES
+from segkd.pipeline.student.checkpoint import EMA, MODEL, load_weights, part
+from segkd.pipeline.student.config import TrainConfig
+from segkd.pipeline.student.ema import Ema
+from segkd.pipeline.student.losses import LossConfig, needed_targets, total_loss
+from segkd.pipeline.student.optim import make_optimiser, set_learning_rate
+from segkd.storage import geometry
+from segkd.storage.errors import NonFiniteError
+from segkd.storage.reader import CacheReader
+
+OPTIMISER, RNG = "optimiser.", "rng."
+TERMS = ("cross_entropy", "zero_order", "first_order")
+
+
+class Trainer:
+    """A network in training. ``cache`` decodes the targets of batches that have any."""
+
+    def __init__(
+        self,
+        network: Network,
+        config: TrainConfig,
+        loss: LossConfig,
+        *,
+        device: torch.device,
+        cache: CacheReader | None = None,
+        class_weights: Tensor | None = None,
+    ) -> None:
+        self.network = network.to(device).train()
+        self.config, self.loss, self.device = config, loss, device
+        self._cache = cache
+        self._targets = needed_targets(loss)
+        self._class_weights = None if class_weights is None else class_weights.to(device)
+        self._optimiser = make_optimiser(network, config)
+        # Groups order parameters in their own way; this is the order in which torch numbers their states.
+        names = {parameter: name for name, parameter in network.named_parameters()}
+        self._parameters = {names[p]: p for group in self._optimiser.param_groups for p in group["params"]}
+        self._ema = Ema(network, config.ema) if config.ema else None
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+
+    @property
+    def product(self) -> nn.Module:
+        """The network to validate and keep: the average where there is one."""
+        return self.network if self._ema is None else self._ema.network
+
+    def step(self, batch: Batch, step: int, *, measure: bool = False) -> dict[str, Any]:
+        """Takes optimiser step ``step`` (from 0) and returns the measured numbers; with ``measure`` also the norm of
+        each weighted term's gradient at the logits.
+
+        Raises NonFiniteError, before anything is changed but batch norm's statistics, for a loss or a gradient that is
+        NaN or infinite; what the network raises, such as NetworkError for a batch too small for its batch norm.
+        """
+        rate = set_learning_rate(self._optimiser, step, self.config)
+        batch = batch.to(self.device)
+        student = self.network.grid.mapping(*batch.images_N3HW.shape[-2:])
+        logits_NChw = self._forward(batch.images_N3HW)
+        decoded = self._decode(batch)
+        loss, terms = total_loss(logits_NChw, student, batch, decoded, self.loss, self._class_weights)
+        norm = self._backward(loss)
+        self._require_finite(step, loss, norm, terms)
+        gradient = {"total": norm.item()}
+        if measure:
+            gradient |= self._term_gradients(logits_NChw, student, batch, decoded)
+        self._scaler.step(self._optimiser)
+        self._scaler.update()
+        if self._ema is not None:
+            self._ema.update(step)
+        measured = {name: term.item() for name, term in terms.items()}
+        return {"loss": loss.item(), **measured, "learning_rate": rate, "gradient": gradient}
+
+    def _forward(self, images_N3HW: Tensor) -> Tensor:
+        amp = self.config.amp
+        # The fastest layout for convolutions, on CPUs too; their outputs keep it.
+        images_N3HW = images_N3HW.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, AUTOCAST_DTYPES.get(amp), enabled=amp in AUTOCAST_DTYPES):
+            logits_NChw: Tensor = self.network(images_N3HW)
+        return logits_NChw
+
+    def _decode(self, batch: Batch) -> dict[str, Tensor]:
+        if batch.sources is None or self._cache is None:
+            return {}
+        codes, rungs = batch.sources.codes, batch.sources.rungs
+        return {name: self._cache.decode(name, codes[name], rungs[name]) for name in self._targets}
+
+    def _backward(self, loss: Tensor) -> Tensor:
+        """Gradients, clipped; returns their norm before clipping."""
+        self._optimiser.zero_grad()
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._scaler.unscale_(self._optimiser)
+        parameters = self._parameters.values()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
+        return norm
+
+    def _require_finite(self, step: int, loss: Tensor, norm: Tensor, terms: Mapping[str, Tensor]) -> None:
+        # An infinite gradient is how fp16's scaler notices that its scale is too high; it skips the step by itself.
+        finite = loss.isfinite() if self._scaler.is_enabled() else loss.isfinite() & norm.isfinite()
+        if not finite:
+            values = ", ".join(f"{name} {term.item():.4g}" for name, term in terms.items())
+            raise NonFiniteError(
+                f"step {step + 1}: the loss or its gradient is not finite ({values}, gradient norm {norm.item():.4g}); "
+                'lower train.learning_rate, set train.clip or a longer train.warmup, or train.amp = "off"'
+            )
+
+    def _term_gradients(
+        self, logits_NChw: Tensor, student: geometry.Mapping, batch: Batch, decoded: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """At the logits, because a backward pass through the network for each term would cost as much as the step."""
+        norms = {}
+        for term in TERMS:
+            if getattr(self.loss, term):
+                leaf_NChw = logits_NChw.detach().float().requires_grad_()
+                alone = _alone(self.loss, term)
+                loss, _ = total_loss(leaf_NChw, student, batch, decoded, alone, self._class_weights)
+                (gradient_NChw,) = torch.autograd.grad(loss, leaf_NChw)
+                norms[term] = gradient_NChw.norm().item()
+        return norms
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that later steps depend on, except :meth:`scaler_state`."""
+        held = {MODEL + name: value for name, value in self.network.state_dict().items()}
+        if self._ema is not None:
+            held |= {EMA + name: value for name, value in self._ema.network.state_dict().items()}
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimiser.state.get(parameter, {}).items():
+                held[f"{OPTIMISER}{key}.{name}"] = value
+        held[f"{RNG}cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            held[f"{RNG}cuda"] = torch.cuda.get_rng_state(self.device)
+        return held
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """JSON-ready; None without fp16."""
+        return self._scaler.state_dict() or None
+
+    def restore(self, tensors: Mapping[str, Tensor], scaler: Mapping[str, Any] | None, path: str) -> None:
+        """Puts back what :meth:`tensors` and :meth:`scaler_state` gave; ``path`` names the checkpoint in messages.
+
+        Whatever draws random numbers must come before this. Raises CheckpointError for tensors that do not fit.
+        """
+        load_weights(self.network, part(tensors, MODEL), path)
+        if self._ema is not None:
+            load_weights(self._ema.network, part(tensors, EMA), path)
+        states: dict[int, dict[str, Tensor]] = {}
+        numbers = {name: number for number, name in enumerate(self._parameters)}
+        for name, value in part(tensors, OPTIMISER).items():
+            key, _, parameter = name.partition(".")
+            states.setdefault(numbers[parameter], {})[key] = value.clone()
+        groups = self._optimiser.state_dict()["param_groups"]
+        self._optimiser.load_state_dict({"state": states, "param_groups": groups})
+        if scaler is not None:
+            self._scaler.load_state_dict(dict(scaler))
+        torch.set_rng_state(tensors[f"{RNG}cpu"])
+        if self.device.type == "cuda" and f"{RNG}cuda" in tensors:
+            torch.cuda.set_rng_state(tensors[f"{RNG}cuda"], self.device)
+
+
+def _alone(loss: LossConfig, term: str) -> LossConfig:
+    """The loss with this term alone."""
+    weights = {other: getattr(loss, other) if other == term else 0.0 for other in TERMS}
+    return replace(loss, **weights)  # type: ignore[arg-type]  # mypy checks every field against a ** argument
