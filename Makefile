@@ -6,9 +6,6 @@ VENV ?= .venv
 CONFIG ?=
 ARGS ?=
 
-# Two workers: a test process is single-threaded, so more of them than cores only get in each other's way.
-TEST_WORKERS ?= 2
-
 SHELL := /bin/sh
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -35,7 +32,7 @@ train-student: run-file-is-named $(STAMP) ## stage 2: train CONFIG's student fro
 	$(BIN)/segkd train-student $(run_file) $(ARGS)
 
 test: $(STAMP) ## the whole test suite; ARGS go to pytest
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 -n $(TEST_WORKERS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(ARGS)
 
 check: $(STAMP) ## lint, format, types
 	$(BIN)/ruff check
