@@ -310,6 +310,7 @@ def test_a_stopped_run_goes_on(
         f"{tmp_path}/stopped/last.safetensors: go on with the same command and --resume"
     )
     assert signal.getsignal(number) is before
+    assert not multiprocessing.active_children()
     train(run, tmp_path / "stopped", resume=True)
     train(run, tmp_path / "whole")
     # Nothing differs, so the files are the same byte for byte.
@@ -483,6 +484,7 @@ def test_an_error_in_a_loader_process_is_one_line(labels_only: RunConfig, tmp_pa
         train(change(run, workers=1), tmp_path / "out", distill=False)
     assert str(caught.value).startswith(f"{tmp_path}/data/images/train/train")
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
 
 
 def test_log_frequency_weights_against_the_formula(labels_only: RunConfig, place: Path, tmp_path: Path) -> None:

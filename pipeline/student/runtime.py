@@ -31,13 +31,13 @@ def torch_settings(config: TrainConfig) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
 
 
-CAUGHT = (signal.SIGINT, signal.SIGTERM)
-
-
 def leave_signals_to_parent(_worker: int) -> None:
-    """For processes that a run starts: a terminal or a scheduler signals them too, and they must outlive the step."""
-    for number in CAUGHT:
-        signal.signal(number, signal.SIG_IGN)
+    """For processes that a run starts: a terminal or a scheduler signals them too, and they must outlive the step.
+
+    A second SIGTERM ends them, as the parent may have to.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class StopRequest:
@@ -52,7 +52,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._catch) for number in CAUGHT}
+            caught = (signal.SIGINT, signal.SIGTERM)
+            self._before = {number: signal.signal(number, self._catch) for number in caught}
         return self
 
     def __exit__(self, *exception: object) -> None:

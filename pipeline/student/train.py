@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+import traceback
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -232,19 +233,16 @@ def _batches(stream: TrainStream, start: int, stop: int, workers: int) -> Genera
     """The loader's batches. What a worker process raised is raised again without its traceback in the message."""
     batches = loader(stream, start, stop, workers)
     batches.worker_init_fn = leave_signals_to_parent
-    iterator = iter(batches)
     try:
-        yield from iterator
-    except SegkdError as error:
+        yield from batches
+    except Exception as error:
+        # An exception that held on to the loader would leave its processes to the garbage collector, which takes
+        # their queues down first and then waits for them in vain.
+        traceback.clear_frames(error.__traceback__)
         _, caught, message = str(error).rpartition(f"{type(error).__name__}: ")
-        if not caught:
-            raise
-        raise type(error)(message.strip()) from error
-    finally:
-        if workers:
-            # An error's traceback keeps the iterator, and so its processes, alive; they ignore the SIGTERM with which
-            # Python asks them to end at its own exit, and would be waited for without end.
-            iterator._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public name for it
+        if isinstance(error, SegkdError) and caught:
+            raise type(error)(message.strip()) from error
+        raise
 
 
 def _fingerprints(inputs: Inputs) -> dict[str, str]:
