@@ -35,7 +35,7 @@ from segkd.pipeline.evaluation.pictures import comparison
 from segkd.pipeline.evaluation.pixels import label_map
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-IMAGES_A_STEP = 16
+IMAGES_A_STEP = 8
 
 
 @dataclass(frozen=True)
