@@ -75,6 +75,8 @@ class Small(nn.Module):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.calls == self.at and self.act == "nan":
                 logits = logits * float("nan")
+        if self.act == "loud":
+            logits = logits * 3000
         return logits
 
 
@@ -510,6 +512,16 @@ def test_mixed_precision_stays_near(run: RunConfig, tmp_path: Path, amp: str) ->
     assert losses[amp] != losses["off"]
     description, _ = checkpoint.load(tmp_path / amp / "last.safetensors")
     assert (description.scaler is not None) == (amp == "fp16")
+
+
+def test_a_gradient_that_overflows_in_fp16_is_skipped(labels_only: RunConfig, tmp_path: Path) -> None:
+    run = change(with_arguments(labels_only, act="loud"), steps=1, warmup=0, amp="fp16", validate_every=0)
+    train(run, tmp_path / "out", distill=False)
+    assert [line["gradient"]["total"] for line in records(tmp_path / "out")] == [None]
+    description, tensors = checkpoint.load(tmp_path / "out" / "last.safetensors")
+    assert description.scaler is not None
+    assert description.scaler["scale"] == 2.0**15
+    assert not [name for name in tensors if name.startswith("optimiser.")]
 
 
 def test_tensorboard(labels_only: RunConfig, tmp_path: Path) -> None:

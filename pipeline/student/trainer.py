@@ -73,7 +73,8 @@ class Trainer:
         loss, terms = total_loss(logits_NChw, student, batch, decoded, self.loss, self._class_weights)
         norm = self._backward(loss)
         self._require_finite(step, loss, norm, terms)
-        gradient = {"total": norm.item()}
+        # An fp16 step that overflowed is skipped, and has no norm that JSON could hold.
+        gradient = {"total": norm.item() if norm.isfinite() else None}
         if measure:
             gradient |= self._term_gradients(logits_NChw, student, batch, decoded)
         self._scaler.step(self._optimiser)
