@@ -169,11 +169,6 @@ def first_order(logits_SChw: Tensor, map_Shw: Tensor, counts_Shw: Tensor, form: 
     return (first_order_map(features_of(logits_SChw, form), counts_Shw) - map_Shw).square()
 
 
-def non_finite(terms: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The names of the terms that are NaN or infinite."""
-    return tuple(name for name, term in terms.items() if not math.isfinite(term.item()))
-
-
 def _cross_entropy(
     logits_NChw: Tensor, mapping: geometry.Mapping, batch: Batch, class_weights: Tensor | None
 ) -> Tensor:

@@ -39,8 +39,8 @@ class CacheSummary:
     path: str
     roles: dict[str, int]
     classes: int
-    written: int
-    """Samples that this run has written; 0 when the cache was complete before."""
+    written: int | None
+    """Samples that this run has written, 0 when the cache was complete before; None when it was only looked at."""
     seconds: float
     bytes: int
     """Bytes of all targets and tables, without the metadata files."""
@@ -62,9 +62,9 @@ class CacheSummary:
         per_sample = self.bytes / max(samples, 1)
         roles = ", ".join(f"{count:,} {role}" for role, count in self.roles.items())
         state = "complete" if self.sealed else "NOT complete"
-        done = f"{self.written:,} samples in {self.seconds:.1f} s" if self.written else "nothing to do"
+        done = f"; {self.written:,} samples in {self.seconds:.1f} s" if self.written else "; nothing to do"
         lines = [
-            f"{self.path}: {state}; {roles}; {done}",
+            f"{self.path}: {state}; {roles}{'' if self.written is None else done}",
             f"  {self.bytes / 1e6:,.2f} MB, {per_sample:,.0f} bytes a sample: 1/"
             f"{self.float32_pixels_bytes / max(self.bytes, 1):,.0f} of float32 at pixel size, 1/"
             f"{self.float16_grid_bytes / max(self.bytes, 1):,.1f} of float16 on the teacher's grid",
@@ -139,7 +139,7 @@ def plan_samples(
     ]
 
 
-def summarise(path: str | Path, *, written: int = 0, seconds: float = 0.0) -> CacheSummary:
+def summarise(path: str | Path, *, written: int | None = None, seconds: float = 0.0) -> CacheSummary:
     """The summary of a cache as it stands, finished or not."""
     reader = CacheReader(path, partial=True)
     records, statistics = reader.records(), reader.statistics()
