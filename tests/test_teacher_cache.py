@@ -29,7 +29,7 @@ from segkd.pipeline.teacher import loop, targets
 from segkd.pipeline.teacher.cache import teacher_cache
 from segkd.pipeline.teacher.config import CacheConfig
 from segkd.storage.coding import Raw
-from segkd.storage.errors import CacheMismatchError, NetworkError
+from segkd.storage.errors import CacheMismatchError, DataError, NetworkError
 from segkd.storage.geometry import Mapping
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import TargetSpec
@@ -189,6 +189,15 @@ def test_a_cache_of_one_coarse_rung_reports_what_is_over_the_bound(sized: RunCon
     summary = teacher_cache(replace(sized, cache=replace(sized.cache, levels=(3,), max_kl=1e-6)))
     assert summary.report["soft"]["over_bound"] == 9
     assert "9 samples OVER the bound" in "\n".join(summary.lines())
+
+
+def test_an_image_that_holds_no_cell_is_named(sized: RunConfig) -> None:
+    small = Path(sized.data.root) / "images" / "b" / "1.png"
+    Image.fromarray(np.zeros((1, 40, 3), np.uint8)).save(small)
+    padded = replace(sized.the_teacher().preprocessing, multiple_of=8)
+    message = "b/1: no cell of the teacher lies in its 1x40 pixels; leave the image out, or give the teacher a resize"
+    with pytest.raises(DataError, match=f"^{message}$"):
+        teacher_cache(replace(sized, teacher=replace(sized.the_teacher(), preprocessing=padded)))
 
 
 @dataclass(frozen=True)

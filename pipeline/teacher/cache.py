@@ -133,10 +133,18 @@ def plan_samples(
     """Size and grid of every sample, from the images' headers. Raises DataError for an unreadable one."""
     with ThreadPoolExecutor(threads) as executor:
         sizes = list(executor.map(data.size, samples))
-    return [
+    planned = [
         PlannedSample(id=sample.id, role=sample.role, image_size=size, mapping=predictor.mapping(*size)[0])
         for sample, size in zip(samples, sizes, strict=True)
     ]
+    for sample in planned:
+        if min(sample.mapping.shape) == 0:
+            height, width = sample.image_size
+            raise DataError(
+                f"{sample.id}: no cell of the teacher lies in its {height}x{width} pixels; "
+                "leave the image out, or give the teacher a resize"
+            )
+    return planned
 
 
 def summarise(path: str | Path, *, written: int | None = None, seconds: float = 0.0) -> CacheSummary:
