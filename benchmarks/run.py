@@ -64,8 +64,9 @@ class Measurement:
 
 def stage_1(run: RunConfig) -> Iterator[Measurement]:
     summary = teacher_cache(run)
-    yield Measurement("stage 1", summary.written / summary.seconds, "images/s", f"{summary.written} images")
-    yield Measurement("cache", summary.bytes / summary.written, "bytes/image", f"{', '.join(run.cache.targets)}")
+    images = sum(summary.roles.values())
+    yield Measurement("stage 1", images / summary.seconds, "images/s", f"{images} images")
+    yield Measurement("cache", summary.bytes / images, "bytes/image", ", ".join(run.cache.targets))
 
 
 def windows(cache: CacheReader, side: int = 32, reads: int = 400) -> Iterator[Measurement]:
