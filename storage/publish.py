@@ -25,6 +25,8 @@ from segkd.storage.errors import CacheDamagedError, CacheError
 
 COMMITS = "commits"
 SEAL = f"{COMMITS}/seal.json"
+ATTEMPTS = f"{COMMITS}/attempts"
+"""Where everything stands that is not yet part of the cache; it goes with the seal."""
 
 
 def record_name(unit: int) -> str:
@@ -74,10 +76,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def create_whole(path: Path, content: bytes) -> bool:
-    """Creates ``path`` with all of ``content``, or leaves what is there; says whether it was created here."""
+def create_whole(path: Path, content: bytes, scratch: Path) -> bool:
+    """Creates ``path`` with all of ``content``, or leaves what is there; says whether it was created here.
+
+    The content is first written to a file in ``scratch``, a folder of the same file system, where a crash leaves it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    scratch.mkdir(parents=True, exist_ok=True)
+    temporary = scratch / uuid.uuid4().hex
     try:
         write_synced(temporary, content)
         try:
@@ -95,7 +101,7 @@ class UnitPublisher:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.attempts = root / COMMITS / "attempts"
+        self.attempts = root / ATTEMPTS
 
     def committed(self, unit: int) -> bool:
         """Whether the unit's commit record stands."""
@@ -115,6 +121,11 @@ class UnitPublisher:
         with explained(self.root):
             try:
                 return self._publish(unit, attempt, objects, statistics, samples)
+            except FileNotFoundError:
+                # Whoever sealed the cache meanwhile has cleared all attempts away, this one too.
+                if not self.committed(unit):
+                    raise
+                return False
             finally:
                 shutil.rmtree(attempt, ignore_errors=True)
 
@@ -135,7 +146,7 @@ class UnitPublisher:
             "statistics": statistics,
         }
         decision = {"attempt": attempt.name, "order": list(objects), "record": record}
-        won = create_whole(self._winner(unit), canonical(decision))
+        won = create_whole(self._winner(unit), canonical(decision), self.attempts)
         if self.committed(unit):
             # Somebody committed, and removed the winner file, between the first look and this decision.
             if won:
@@ -144,8 +155,20 @@ class UnitPublisher:
         self._promote(unit)
         return won
 
-    def discard_attempts(self) -> None:
-        """Removes what interrupted attempts have left. For a cache whose units are all committed."""
+    def seal(self, document: Mapping[str, Any]) -> None:
+        """Writes the seal, unless it stands, and removes what interrupted attempts have left.
+
+        For a cache whose units are all committed.
+        """
+        seal = self.root / SEAL
+        with explained(self.root):
+            try:
+                if not seal.exists():
+                    create_whole(seal, canonical(document), self.attempts)
+            except FileNotFoundError:
+                # Another worker has sealed the cache, and cleared all attempts away, meanwhile.
+                if not seal.exists():
+                    raise
         shutil.rmtree(self.attempts, ignore_errors=True)
 
     def _winner(self, unit: int) -> Path:
@@ -174,6 +197,6 @@ class UnitPublisher:
             folders.add(place.parent)
         for folder in folders:
             sync_folder(folder)
-        create_whole(self.root / record_name(unit), canonical(record))
+        create_whole(self.root / record_name(unit), canonical(record), self.attempts)
         self._winner(unit).unlink(missing_ok=True)
         shutil.rmtree(attempt, ignore_errors=True)

@@ -22,7 +22,7 @@ from zarr.storage import MemoryStore
 
 from segkd.storage.errors import CacheExistsError, CacheMismatchError
 from segkd.storage.layout import Plan, PlannedSample, Unit, tile_shape
-from segkd.storage.publish import COMMITS, SEAL, UnitPublisher, canonical, create_whole, explained, record_name
+from segkd.storage.publish import COMMITS, UnitPublisher, create_whole, explained, record_name
 from segkd.storage.spec import CacheSpec, require_equal
 from segkd.storage.statistics import Statistics
 
@@ -73,9 +73,7 @@ class CacheWriter:
         """
         if not all(self.publisher.committed(unit.number) for unit in self.plan.units):
             return False
-        with explained(self.root):
-            create_whole(self.root / SEAL, canonical(seal_document(self.root, self.spec)))
-            self.publisher.discard_attempts()
+        self.publisher.seal(seal_document(self.root, self.spec))
         return True
 
     def _create_or_compare(self) -> None:
@@ -86,7 +84,8 @@ class CacheWriter:
             require_equal(self.spec, read_spec(self.root), str(self.root))
         # The root's metadata comes last: without it there is no cache.
         for name in sorted(self._metadata, key=lambda name: name == "zarr.json"):
-            create_whole(self.root / name, self._metadata[name])
+            if not (self.root / name).exists():
+                create_whole(self.root / name, self._metadata[name], self.publisher.attempts)
         require_equal(self.spec, read_spec(self.root), str(self.root))
         for name, content in self._metadata.items():
             if json.loads((self.root / name).read_bytes()) != json.loads(content):

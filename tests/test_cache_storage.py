@@ -240,6 +240,33 @@ def test_the_second_of_two_owners_loses_politely(tmp_path: Path) -> None:
     assert files_of(tmp_path / "c.zarr") == before
 
 
+def test_a_worker_whose_attempt_was_cleared_away_by_the_sealer_loses_politely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = small_plan()
+    late = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    write_synced = publish.write_synced
+
+    def seal_first(path: Path, content: bytes) -> None:
+        monkeypatch.setattr(publish, "write_synced", write_synced)
+        write_cache(tmp_path / "c.zarr")
+        write_synced(path, content)
+
+    monkeypatch.setattr(publish, "write_synced", seal_first)
+    write_units(late, [0])
+    assert late.seal()
+    write_cache(tmp_path / "whole.zarr")
+    assert files_of(tmp_path / "c.zarr") == files_of(tmp_path / "whole.zarr")
+
+
+def test_a_finished_cache_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = write_cache(tmp_path / "c.zarr")
+    monkeypatch.setattr(publish, "write_synced", lambda *_: pytest.fail("something was written"))
+    writer = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    assert writer.pending() == []
+    assert writer.seal()
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
@@ -273,7 +300,7 @@ def test_a_kill_at_any_change_of_the_file_system_loses_nothing(tmp_path: Path) -
     path = tmp_path / "killed.zarr"
     script = KILLED.format(tests=str(Path(__file__).parent), file=__file__, path=str(path))
     kills = 0
-    for moment in [1, 2, 3, 5, 8, 13, 4, 6, 9, 11, 15, 17, 19, 21, 7, 10]:
+    for moment in [1, 2, 3, 5, 8, 13, 4, 6, 9, 11, 15, 17, 19, 21, 7, 10, 12, 14, 16, 18, 20, 22]:
         done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(moment)], check=False)
         kills += done.returncode == -signal.SIGKILL
         committed = sorted(file.name for file in (path / "commits").glob("0*.json"))
