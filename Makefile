@@ -23,7 +23,8 @@ help: ## say what can be made
 setup: $(STAMP) ## install segkd, editable, with its development tools
 
 demo: $(STAMP) ## both stages and the comparison on built-in scenes; nothing to download
-	$(BIN)/python examples/demo.py $(run_file) $(ARGS)
+	@# Threads that wait must not spin: on a busy machine that costs a step ten times its work.
+	OMP_WAIT_POLICY=passive $(BIN)/python examples/demo.py $(run_file) $(ARGS)
 
 teacher-cache: run-file-is-named $(STAMP) ## stage 1: the teacher looks at every image of CONFIG, once
 	$(BIN)/segkd teacher-cache $(run_file) $(ARGS)
