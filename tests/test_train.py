@@ -368,7 +368,7 @@ def test_resuming_another_run_is_refused(run: RunConfig, tmp_path: Path) -> None
         "train.learning_rate (0.001, now 0.5); resume it as it was begun, begin anew with --overwrite, "
         "or name another output folder"
     )
-    with pytest.raises(CheckpointError, match=r"differs in distill \(True, now False\), fingerprints\."):
+    with pytest.raises(CheckpointError, match=r"distill \(True, now False\), the cache's classes, the cache's cod"):
         train(change(run, auxiliary=0), tmp_path, resume=True, distill=False)
 
 
@@ -404,6 +404,16 @@ def test_a_loss_that_turns_non_finite(run: RunConfig, tmp_path: Path) -> None:
     assert description.step == 4
     assert all(value.isfinite().all() for value in tensors.values() if value.is_floating_point())
     assert records(tmp_path)[-1]["step"] == 6
+
+
+def test_a_network_that_diverges_before_its_validation(labels_only: RunConfig, tmp_path: Path) -> None:
+    run = change(labels_only, optimiser="sgd", learning_rate=1e30, warmup=0, validate_every=1)
+    with pytest.raises(NonFiniteError) as caught:
+        train(run, tmp_path, distill=False)
+    assert str(caught.value) == (
+        "step 1: validation met NaN or +inf in the logits; "
+        'lower train.learning_rate, set train.clip or a longer train.warmup, or train.amp = "off"'
+    )
 
 
 def test_one_pooled_value_under_batch_norm(labels_only: RunConfig, tmp_path: Path, place: Path) -> None:
@@ -454,6 +464,35 @@ def test_a_cache_that_does_not_fit(run: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(CacheMismatchError, match="keeps no target 'first_order_logits', only soft, first_order"):
         train(lacking, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_of_another_teacher(run: RunConfig, tmp_path: Path, place: Path) -> None:
+    """As far as the run file states it; what it says nothing about may be in files that are gone."""
+    teacher = replace(run.the_teacher(), arguments={"width": 0.5}, produces="probabilities")
+    with pytest.raises(CacheMismatchError) as caught:
+        train(replace(run, teacher=teacher), tmp_path)
+    assert str(caught.value) == (
+        f"{place}/cache.zarr is of a teacher that differs in arguments.width (0.25, now 0.5), "
+        "produces ('logits', now 'probabilities'); name this teacher's cache in cache.path, or write it with segkd teacher-cache"
+    )
+    assert not list(tmp_path.iterdir())
+    train(replace(change(run, steps=1, warmup=0), teacher=None), tmp_path)
+
+
+def test_a_teacher_whose_weights_are_gone(run: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "teacher.py").write_text("from torch import nn\ndef build(weights):\n    return nn.Conv2d(3, 3, 1)\n")
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"some")
+    teacher = NetworkConfig(reference=f"{tmp_path}/teacher.py:build", arguments={"weights": str(weights)})
+    cache = replace(run.cache, path=str(tmp_path / "cache.zarr"))
+    run = replace(change(run, steps=1, warmup=0), teacher=teacher, cache=cache)
+    teacher_cache(run)
+    (tmp_path / "teacher.py").unlink()
+    weights.write_bytes(b"others")
+    with pytest.raises(CacheMismatchError, match=r"differs in arguments\.weights \('weights\.pth sha256:"):
+        train(run, tmp_path / "out")
+    weights.unlink()
+    assert train(run, tmp_path / "out")["steps"] == 1
 
 
 def test_a_student_learns_the_classes_of_the_data(labels_only: RunConfig, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +18,11 @@ from segkd.pipeline.data.readers import open_data
 from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample, with_role
 from segkd.pipeline.data.stream import StreamConfig, TrainStream
 from segkd.pipeline.models.network import NetworkConfig
+from segkd.pipeline.settings import leaves
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.losses import LossConfig, needed_targets
-from segkd.storage.errors import ConfigError
+from segkd.pipeline.teacher.fingerprints import portable
+from segkd.storage.errors import CacheMismatchError, ConfigError
 from segkd.storage.reader import CacheReader
 
 
@@ -72,10 +77,42 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool) -> Inp
             "or set train.validate_every = 0"
         )
     cache = CacheReader(run.cache.path) if distill else None
+    if cache is not None and run.teacher is not None:
+        _check_teacher(cache, run.teacher)
     config = StreamConfig(labelled=train.labelled, auxiliary=train.auxiliary, seed=train.seed)
     stream = TrainStream(source, cache, targets, config, run.augment, student.preprocessing)
     weights = class_weights(source, train)
     return Inputs(source=source, cache=cache, loss=loss, stream=stream, select=select, class_weights=weights)
+
+
+def _check_teacher(cache: CacheReader, teacher: NetworkConfig) -> None:
+    """Raises CacheMismatchError where the run file states something else of the teacher than the cache does.
+
+    What it leaves to defaults is not compared, because the teacher's module or checkpoint may say it, and neither has
+    to be here any more; nor are weights, which teacher-cache compares.
+    """
+    defaults, stated = map(_described, (NetworkConfig(reference=""), teacher))
+    kept = dict(leaves(cache.spec.teacher))
+    differing = [
+        f"{key} ({kept.get(key)!r}, now {value!r})"
+        for key, value in stated.items()
+        if value not in (defaults.get(key), kept.get(key)) and not _is_absent_file(value, kept.get(key))
+    ]
+    if differing:
+        raise CacheMismatchError(
+            f"{cache.path} is of a teacher that differs in {', '.join(differing)}; "
+            "name this teacher's cache in cache.path, or write it with segkd teacher-cache"
+        )
+
+
+def _described(network: NetworkConfig) -> dict[str, Any]:
+    """The leaves of a description as a cache keeps it, read from JSON."""
+    return dict(leaves(json.loads(json.dumps(portable(network)))))
+
+
+def _is_absent_file(value: Any, kept: Any) -> bool:
+    """Whether a path of an argument is that of the file whose content the cache knows."""
+    return isinstance(kept, str) and kept.startswith(f"{Path(str(value)).name} sha256:")
 
 
 def class_weights(source: DataSource, config: TrainConfig) -> Tensor | None:

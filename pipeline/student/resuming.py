@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from segkd.pipeline.settings import leaves
 from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.checkpoint import Description
 from segkd.pipeline.student.folder import RunFolder
@@ -42,9 +41,12 @@ def last_checkpoint(folder: RunFolder) -> tuple[Description, dict[str, Tensor]] 
 
 def require_same(held: Description, now: Description, path: Path) -> None:
     """Raises CheckpointError that names what differs between the run of the checkpoint at ``path`` and this one."""
-    before, after = dict(_flat(held.run)), dict(_flat(now.run))
+    before, after = dict(leaves(held.run)), dict(leaves(now.run))
     differing = [
-        f"{key} ({before.get(key)!r}, now {after.get(key)!r})"
+        # Nobody can read a digest.
+        f"the cache's {key.removeprefix('fingerprints.')}"
+        if key.startswith("fingerprints.")
+        else f"{key} ({before.get(key)!r}, now {after.get(key)!r})"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not _is_harmless(key)
     ]
@@ -59,11 +61,3 @@ def require_same(held: Description, now: Description, path: Path) -> None:
 
 def _is_harmless(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

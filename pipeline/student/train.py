@@ -31,8 +31,8 @@ from segkd.pipeline.student.folder import RunFolder
 from segkd.pipeline.student.inputs import Inputs, open_inputs
 from segkd.pipeline.student.resuming import last_checkpoint, require_same
 from segkd.pipeline.student.runtime import StopRequest, leave_signals_to_parent, torch_settings
-from segkd.pipeline.student.trainer import Trainer
-from segkd.storage.errors import ConfigError, SegkdError
+from segkd.pipeline.student.trainer import DIVERGED, Trainer
+from segkd.storage.errors import ConfigError, NonFiniteError, SegkdError
 
 logger = logging.getLogger(__name__)
 
@@ -205,12 +205,17 @@ class _Training:
                 task.advance()
                 self._stop_if_asked()
 
-            scores = score(
-                lambda sample, image: predictor.predict([image], [sample.id]),
-                inputs.source,
-                inputs.select,
-                on_sample=on_sample,
-            )
+            try:
+                scores = score(
+                    lambda sample, image: predictor.predict([image], [sample.id]),
+                    inputs.source,
+                    inputs.select,
+                    on_sample=on_sample,
+                )
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"step {state.step}: validation met NaN or +inf in the logits; {DIVERGED}"
+                ) from error
         self._trainer.network.train()
         found = Best(step=state.step, scores=scores.to_dict())
         self._folder.log({"step": state.step, "select": found.scores})

@@ -24,6 +24,8 @@ from segkd.storage import geometry
 from segkd.storage.errors import NonFiniteError
 from segkd.storage.reader import CacheReader
 
+DIVERGED = 'lower train.learning_rate, set train.clip or a longer train.warmup, or train.amp = "off"'
+"""What to do about numbers that are not finite."""
 OPTIMISER, RNG = "optimiser.", "rng."
 TERMS = ("cross_entropy", "zero_order", "first_order")
 
@@ -116,7 +118,7 @@ class Trainer:
             values = ", ".join(f"{name} {term.item():.4g}" for name, term in terms.items())
             raise NonFiniteError(
                 f"step {step + 1}: the loss or its gradient is not finite ({values}, gradient norm {norm.item():.4g}); "
-                'lower train.learning_rate, set train.clip or a longer train.warmup, or train.amp = "off"'
+                f"{DIVERGED}"
             )
 
     def _term_gradients(
