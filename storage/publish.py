@@ -5,7 +5,8 @@ attempt writes its objects under a name of its own and syncs them. Then it *deci
 which names the attempt and carries the commit record; the file system lets exactly one create it. Whoever finds a
 winner file, its author or a later run, *promotes* it: moves the named attempt's objects to their places and writes the
 commit record, which comes last. Promoting is idempotent, and a winner file is removed only after the commit record
-stands, so a unit that is committed is never touched again.
+stands, so a unit that is committed is never touched again. Until then the attempt that it names is the unit: only
+promoting removes that.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ def canonical(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
 
 
+_NO_LINKS = "the file system refuses; it must support hard links"
+
+
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turns the file system's refusals into a CacheError that says what to do next."""
@@ -50,13 +54,24 @@ def explained(path: Path) -> Iterator[None]:
             errno.EDQUOT: "the disk quota is used up; free some space",
             errno.EROFS: "the file system is read-only; remount it or choose another path",
             errno.EACCES: "permission is denied; check the folder's owner and mode",
-            errno.EPERM: "the file system refuses; it must support hard links",
+            errno.EPERM: _NO_LINKS,
+            errno.ENOSYS: _NO_LINKS,
+            errno.EOPNOTSUPP: _NO_LINKS,
         }
         if error.errno not in remedies:
             raise
         raise CacheError(
             f"cannot write to {path}: {remedies[error.errno]}, then run the same command again: finished units are kept"
         ) from error
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A JSON file of a cache. Raises CacheDamagedError for one that is cut off or overwritten."""
+    try:
+        document: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CacheDamagedError(f"{path} cannot be read ({error}); restore the cache or write it again") from error
+    return document
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -81,19 +96,23 @@ def create_whole(path: Path, content: bytes, scratch: Path) -> bool:
 
     The content is first written to a file in ``scratch``, a folder of the same file system, where a crash leaves it.
     """
+    if path.exists():
+        return False
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch.mkdir(parents=True, exist_ok=True)
     temporary = scratch / uuid.uuid4().hex
     try:
         write_synced(temporary, content)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        sync_folder(path.parent)
-        return True
+        os.link(temporary, path)
+    except (FileExistsError, FileNotFoundError):
+        # Not found: whoever has sealed the cache meanwhile has cleared the scratch folder away.
+        if not path.exists():
+            raise
+        return False
     finally:
         temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
 
 
 class UnitPublisher:
@@ -109,8 +128,9 @@ class UnitPublisher:
 
     def recover(self, unit: int) -> bool:
         """Finishes what an interrupted worker had decided; says whether the unit is committed now."""
-        if not self.committed(unit) and self._winner(unit).exists():
-            self._promote(unit)
+        if not self.committed(unit):
+            with explained(self.root):
+                self._promote(unit)
         return self.committed(unit)
 
     def publish(self, unit: int, objects: Mapping[str, bytes], statistics: Mapping[str, Any], samples: int) -> bool:
@@ -127,7 +147,9 @@ class UnitPublisher:
                     raise
                 return False
             finally:
-                shutil.rmtree(attempt, ignore_errors=True)
+                decision = self._decision(unit)
+                if decision is None or decision["attempt"] != attempt.name:
+                    shutil.rmtree(attempt, ignore_errors=True)
 
     def _publish(
         self, unit: int, attempt: Path, objects: Mapping[str, bytes], statistics: Mapping[str, Any], samples: int
@@ -160,29 +182,27 @@ class UnitPublisher:
 
         For a cache whose units are all committed.
         """
-        seal = self.root / SEAL
         with explained(self.root):
-            try:
-                if not seal.exists():
-                    create_whole(seal, canonical(document), self.attempts)
-            except FileNotFoundError:
-                # Another worker has sealed the cache, and cleared all attempts away, meanwhile.
-                if not seal.exists():
-                    raise
+            create_whole(self.root / SEAL, canonical(document), self.attempts)
         shutil.rmtree(self.attempts, ignore_errors=True)
 
     def _winner(self, unit: int) -> Path:
         return self.attempts / f"{unit:08d}.winner.json"
 
-    def _promote(self, unit: int) -> None:
+    def _decision(self, unit: int) -> dict[str, Any] | None:
+        """What the unit's winner file says; None without one."""
         try:
-            decision = json.loads(self._winner(unit).read_bytes())
+            return read_document(self._winner(unit))
         except FileNotFoundError:
-            return  # Promoted by another worker meanwhile.
-        if self.committed(unit):
+            return None
+
+    def _promote(self, unit: int) -> None:
+        decision = self._decision(unit)
+        # Without a decision there is nothing to promote, or another worker has done it meanwhile.
+        if decision is None or self.committed(unit):
             return
         record, attempt = decision["record"], self.attempts / decision["attempt"]
-        folders = set()
+        folders: set[Path] = set()
         for number, name in enumerate(decision["order"]):
             place = self.root / name
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +214,7 @@ class UnitPublisher:
                     f"{place} is missing or cut off although unit {unit} was decided; "
                     f"remove {self._winner(unit)} and run the same command again"
                 )
-            folders.add(place.parent)
+            folders.update(folder for folder in place.parents if folder.is_relative_to(self.root))
         for folder in folders:
             sync_folder(folder)
         create_whole(self.root / record_name(unit), canonical(record), self.attempts)

@@ -5,7 +5,6 @@ Shapes: codes channels,h,w of one window; values S,channels,h,w.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ from segkd.storage.coding import Array
 from segkd.storage.errors import CacheDamagedError, CacheMismatchError, CacheNotFoundError, IncompleteCacheError
 from segkd.storage.geometry import Axis, Mapping
 from segkd.storage.layout import tile_shape
-from segkd.storage.publish import SEAL, record_name
+from segkd.storage.publish import SEAL, read_document, record_name
 from segkd.storage.spec import CacheSpec
 from segkd.storage.statistics import Statistics
 from segkd.storage.writer import SAMPLES, read_spec
@@ -71,7 +70,7 @@ class CacheReader:
 
     def records(self) -> list[dict[str, Any]]:
         """The commit records, in the order of units."""
-        return [json.loads((self.path / record_name(unit)).read_bytes()) for unit in self.committed_units()]
+        return [read_document(self.path / record_name(unit)) for unit in self.committed_units()]
 
     def statistics(self) -> Statistics:
         """What the coding of all written units has cost."""
@@ -105,7 +104,7 @@ class CacheReader:
         for tile_row, in_rows, out_rows in _overlaps(rows, tile):
             for tile_column, in_columns, out_columns in _overlaps(columns, tile):
                 number = entry.first_tile + tile_row * across + tile_column
-                codes[:, out_rows, out_columns] = self._tile(target, number)[:, in_rows, in_columns]
+                codes[:, out_rows, out_columns] = self._read(target, number)[:, in_rows, in_columns]
         return codes
 
     def decode(self, target: str, codes_SChw: Array, rungs_S: Array) -> Array:
@@ -119,14 +118,17 @@ class CacheReader:
         decoded: npt.NDArray[np.float32] = self.decode(target, codes[None], np.asarray([entry.rungs[target]]))[0]
         return decoded
 
-    def _tile(self, target: str, number: int) -> npt.NDArray[Any]:
+    def _read(self, name: str, first: int, stop: int | None = None) -> npt.NDArray[Any]:
+        """One tile of a target's array, or a unit's rows ``first`` to ``stop`` of the table: part of a single file."""
+        array = self._arrays[name]
+        rows = (array.shards or array.chunks)[0]
+        file = self.path / name / array.metadata.encode_chunk_key((first // rows, *(0 for _ in array.shape[1:])))
         try:
-            tile: npt.NDArray[Any] = np.asarray(self._arrays[target][number])
+            if not file.exists():  # which zarr would read as zeros
+                raise FileNotFoundError("its file is lost")
+            return np.asarray(array[first if stop is None else slice(first, stop)])
         except Exception as error:  # zarr's codecs raise what their libraries raise
-            raise CacheDamagedError(
-                f"tile {number} of {self.path / target} cannot be read ({error}); restore the cache or write it again"
-            ) from error
-        return tile
+            raise CacheDamagedError(f"{file} cannot be read ({error}); restore the cache or write it again") from error
 
     @cached_property
     def _arrays(self) -> dict[str, zarr.Array[Any]]:
@@ -140,11 +142,10 @@ class CacheReader:
 
     @cached_property
     def _entries(self) -> dict[str, Entry]:
-        plan, table = self.spec.plan, self._arrays[SAMPLES]
         entries = {}
         for record in self.records():
-            first = record["unit"] * plan.unit_samples
-            packed = np.ascontiguousarray(table[first : first + record["samples"]])
+            first = record["unit"] * self.spec.plan.unit_samples
+            packed = np.ascontiguousarray(self._read(SAMPLES, first, first + record["samples"]))
             for row, fields in enumerate(packed.view(self.spec.row_dtype())[:, 0], first):
                 entry = _entry(row, fields, self.spec.targets)
                 entries[entry.id] = entry

@@ -22,7 +22,7 @@ from zarr.storage import MemoryStore
 
 from segkd.storage.errors import CacheExistsError, CacheMismatchError
 from segkd.storage.layout import Plan, PlannedSample, Unit, tile_shape
-from segkd.storage.publish import COMMITS, UnitPublisher, create_whole, explained, record_name
+from segkd.storage.publish import COMMITS, UnitPublisher, create_whole, explained, read_document, record_name
 from segkd.storage.spec import CacheSpec, require_equal
 from segkd.storage.statistics import Statistics
 
@@ -84,17 +84,18 @@ class CacheWriter:
             require_equal(self.spec, read_spec(self.root), str(self.root))
         # The root's metadata comes last: without it there is no cache.
         for name in sorted(self._metadata, key=lambda name: name == "zarr.json"):
-            if not (self.root / name).exists():
-                create_whole(self.root / name, self._metadata[name], self.publisher.attempts)
+            create_whole(self.root / name, self._metadata[name], self.publisher.attempts)
         require_equal(self.spec, read_spec(self.root), str(self.root))
         for name, content in self._metadata.items():
-            if json.loads((self.root / name).read_bytes()) != json.loads(content):
+            if read_document(self.root / name) != json.loads(content):
                 raise CacheMismatchError(
                     f"{self.root / name} differs from what this version of segkd and zarr {zarr.__version__} writes; "
                     "continue the cache with the versions that began it, or write a new one"
                 )
 
     def _foreign(self) -> bool:
+        if not self.root.is_dir():
+            return True
         expected = {name.split("/")[0] for name in self._metadata}
         return any(entry.name not in expected and not entry.name.startswith(".") for entry in self.root.iterdir())
 
@@ -129,7 +130,7 @@ def cut_into_tiles(codes: npt.NDArray[Any], tile: int, dtype: np.dtype[Any]) -> 
 
 def read_spec(root: Path) -> CacheSpec:
     """The specification in a cache's root metadata. Raises CacheMismatchError for another format."""
-    document = json.loads((root / "zarr.json").read_bytes())
+    document = read_document(root / "zarr.json")
     attributes = document.get("attributes", {})
     if "segkd" not in attributes:
         raise CacheExistsError(f"{root} is a Zarr group but not a segkd cache; choose another path")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,8 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +335,55 @@ def test_a_decided_unit_is_finished_by_the_next_run(tmp_path: Path, monkeypatch:
     assert files_of(tmp_path / "c.zarr") == files_of(tmp_path / "whole.zarr")
 
 
+def test_a_disk_that_is_full_at_any_change_holds_nothing_up_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_units([planned(0, (8, 8))], unit_samples=1, tile=TILE)
+    whole = CacheWriter(tmp_path / "whole.zarr", spec_for(plan), plan)
+    write_units(whole)
+    whole.seal()
+    failures = 0
+    for moment in range(1, 100):
+        path, left = tmp_path / f"{moment}.zarr", iter([False] * (moment - 1) + [True])
+        writer = CacheWriter(path, spec_for(plan), plan)
+
+        def full(change: Callable[..., object], left: Iterator[bool], *arguments: object) -> object:
+            if next(left, False):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return change(*arguments)
+
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "link", "mkdir", "rename", "replace"):
+                patch.setattr(os, name, partial(full, getattr(os, name), left))
+            try:
+                write_units(writer)
+                writer.seal()
+            except CacheError:
+                failures += 1
+        again = CacheWriter(path, spec_for(plan), plan)
+        write_units(again, [unit.number for unit in again.pending()])
+        assert again.seal()
+        assert files_of(path) == files_of(tmp_path / "whole.zarr")
+        if next(left, None) is not None:
+            break
+    assert failures > 20
+
+
+def test_a_commit_record_comes_after_the_folders_of_its_objects_are_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = small_plan()
+    writer = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    synced: list[Path] = []
+    sync_folder = publish.sync_folder
+    monkeypatch.setattr(publish, "sync_folder", lambda folder: (synced.append(folder), sync_folder(folder)))
+    write_units(writer, [0])
+    before = synced[: synced.index(tmp_path / "c.zarr" / "commits")]
+    for name in json.loads((tmp_path / "c.zarr" / publish.record_name(0)).read_bytes())["objects"]:
+        parents = [parent for parent in (tmp_path / "c.zarr" / name).parents if parent != tmp_path]
+        assert set(parents) - set(tmp_path.parents) <= set(before)
+
+
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
@@ -382,6 +433,8 @@ def test_something_else_is_never_written_into(tmp_path: Path) -> None:
     plan = small_plan()
     with pytest.raises(CacheExistsError, match="photos exists and is not a cache; choose another path or remove it"):
         CacheWriter(tmp_path / "photos", spec_for(plan), plan)
+    with pytest.raises(CacheExistsError, match=r"a.jpg exists and is not a cache; choose another path or remove it"):
+        CacheWriter(tmp_path / "photos" / "a.jpg", spec_for(plan), plan)
     zarr.create_group(tmp_path / "other.zarr")
     with pytest.raises(
         CacheExistsError, match=r"other.zarr is a Zarr group but not a segkd cache; choose another path"
@@ -416,17 +469,28 @@ def test_an_unknown_sample_is_named(tmp_path: Path) -> None:
         CacheReader(tmp_path / "c.zarr").entry("train/999")
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut"])
-def test_a_damaged_tile_is_not_returned(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
+@pytest.mark.parametrize("name", ["soft/c/0/0/0/0", "samples/c/0/0"])
+def test_what_is_damaged_or_lost_is_not_returned(tmp_path: Path, name: str, damage: str) -> None:
     plan = write_cache(tmp_path / "c.zarr")
-    shard = tmp_path / "c.zarr" / "soft" / "c" / "0" / "0" / "0" / "0"
-    content = bytearray(shard.read_bytes())
+    file = tmp_path / "c.zarr" / name
+    content = bytearray(file.read_bytes())
     content[10] ^= 1
-    shard.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    if damage == "lose":
+        file.unlink()
     reader = CacheReader(tmp_path / "c.zarr")
-    entry = reader.entry(plan.samples[0].id)
-    with pytest.raises(CacheDamagedError, match=r"tile 0 of .*soft cannot be read \(.*restore the cache or write it"):
-        reader.window(entry, "soft", range(1), range(1))
+    with pytest.raises(CacheDamagedError, match=rf"{name} cannot be read \(.*; restore the cache or write it again$"):
+        reader.window(reader.entry(plan.samples[0].id), "soft", range(1), range(1))
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "commits/00000000.json"])
+def test_a_description_that_is_cut_off_is_damage(tmp_path: Path, name: str) -> None:
+    write_cache(tmp_path / "c.zarr")
+    file = tmp_path / "c.zarr" / name
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(CacheDamagedError, match=rf"{name} cannot be read \(.*; restore the cache or write it again$"):
+        CacheReader(tmp_path / "c.zarr").entries()
 
 
 @given(st.lists(st.floats(0, 1e3), max_size=12), st.integers(0, 12))
