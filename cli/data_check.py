@@ -44,8 +44,11 @@ def data_check(run: RunConfig | None, folder: str | None, write: str | None, ove
 def _drafted(folder: str, file: str, *, overwrite: bool) -> RunConfig:
     from segkd.pipeline.config import load
     from segkd.pipeline.data.draft import draft
+    from segkd.pipeline.output import replacing
 
     if Path(file).exists() and not overwrite:
         raise OutputExistsError(f"{file} exists; name another file, or replace it with --overwrite")
-    Path(file).write_text(draft(folder), encoding="utf-8")
+    description = draft(folder)
+    with replacing(Path(file)) as partial:
+        partial.write_text(description, encoding="utf-8")
     return load(file)

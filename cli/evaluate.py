@@ -50,6 +50,10 @@ def evaluate(
     """
     if (checkpoint is None) == (subject is None):
         raise click.UsageError("Name one thing to score: CHECKPOINT, --teacher, --student or --cache.")
+    if speed and subject == "cache":
+        raise click.UsageError("--speed times a network, and a cache has none: leave it out, or score --teacher.")
+    if reference is not None and checkpoint is None:
+        raise click.UsageError("--reference names the code of a CHECKPOINT's network: name the CHECKPOINT too.")
     if run is None and checkpoint is None:
         raise click.UsageError(f"Missing option '-c' / '--config': the run file that describes the {subject}.")
 

@@ -19,6 +19,16 @@ from segkd.cli.teacher_cache import teacher_cache
 from segkd.cli.train_student import train_student
 from segkd.storage.errors import SegkdError
 
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or name another place",
+    errno.EDQUOT: "free some space, or name another place",
+    errno.EROFS: "name a place that can be written to",
+    errno.EACCES: "check its owner and mode, or name another place",
+    errno.EEXIST: "a file stands where a folder must; name another place",
+    errno.ENOTDIR: "a file stands where a folder must; name another place",
+}
+"""What to do about what the system refuses."""
+
 
 class Main(click.Group):
     """The group that ends with the project's exit statuses: 0 done, 1 it is not so, 2 wrong usage, 130 interrupted."""
@@ -35,7 +45,8 @@ class Main(click.Group):
         except OSError as error:
             if error.errno in (None, errno.EPIPE):
                 raise
-            _fail(ctx, f"{error.filename or 'the system'}: {error.strerror}", 1)
+            remedy = _REMEDIES.get(error.errno)
+            _fail(ctx, f"{error.filename or 'the system'}: {error.strerror}{f'; {remedy}' if remedy else ''}", 1)
 
 
 def _fail(context: click.Context, message: str, status: int) -> NoReturn:

@@ -56,7 +56,7 @@ def predict(
     from segkd.pipeline.evaluation.evaluate import checkpoint_predictor
     from segkd.pipeline.evaluation.prediction import images_below, predict_images
 
-    found = images_below(Path(images))
+    found = images_below(Path(images), output=Path(output))
     predictor, classes = checkpoint_predictor(checkpoint, reference=reference, device=find_device(device))
     with (
         resumable("What is written is whole; add --overwrite to begin again."),

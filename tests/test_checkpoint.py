@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: py
 
 def test_a_killed_write_does_not_stand_in_the_way(tmp_path: Path) -> None:
     path = tmp_path / "last.safetensors"
-    (tmp_path / ".last.safetensors.partial").write_bytes(b"half")
+    (tmp_path / ".last.partial.safetensors").write_bytes(b"half")
     save(path, describe(), small_tensors())
     assert load(path)[0].step == 7
     assert list(tmp_path.iterdir()) == [path]
@@ -223,5 +223,6 @@ def test_part() -> None:
 
 def test_nothing_is_written_where_nothing_can_be(tmp_path: Path) -> None:
     write: Callable[[Path, bytes], None] = checkpoint.write_atomically
-    with pytest.raises(CheckpointError, match="cannot be written: No such file or directory; make room for 3 bytes"):
-        write(tmp_path / "gone" / "run.json", b"abc")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be written: Not a directory; make room for 3 bytes"):
+        write(tmp_path / "file" / "out" / "run.json", b"abc")

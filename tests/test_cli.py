@@ -183,7 +183,10 @@ def test_what_the_system_refuses_is_an_error_with_its_place(run: Path, monkeypat
 
     monkeypatch.setattr("segkd.pipeline.teacher.cache.teacher_cache", refuse)
     result = segkd("teacher-cache", "-c", run)
-    assert (result.exit_code, result.stderr) == (1, "Error: /full/cache: No space left on device\n")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "Error: /full/cache: No space left on device; free some space, or name another place\n",
+    )
 
 
 def test_logs_and_progress_go_to_standard_error(run: Path) -> None:

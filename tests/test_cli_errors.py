@@ -96,6 +96,14 @@ def test_a_table_that_a_command_needs(run: Path, table: str, command: str, tmp_p
             "Name one thing to score: CHECKPOINT, --teacher, --student or --cache.",
         ),
         (["evaluate", "--cache"], "Missing option '-c' / '--config': the run file that describes the cache."),
+        (
+            ["evaluate", "--cache", "--speed"],
+            "--speed times a network, and a cache has none: leave it out, or score --teacher.",
+        ),
+        (
+            ["evaluate", "--teacher", "--reference", "a:b"],
+            "--reference names the code of a CHECKPOINT's network: name the CHECKPOINT too.",
+        ),
         (["data", "check"], "Give either the run file (--config), or a FOLDER and where to --write its description."),
         (
             ["data", "check", "x"],
@@ -182,6 +190,13 @@ def rename_labels(root: Path) -> None:
         path.rename(path.with_name(f"x{path.name}"))
 
 
+def put_half_a_jpeg(root: Path) -> None:
+    (root / "images" / "a" / "0.png").unlink()
+    image = root / "images" / "a" / "0.jpg"
+    spoil(image, np.random.default_rng(0).integers(0, 256, (32, 40, 3), np.uint8))
+    image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
+
+
 def give_a_folder_two_roles(root: Path) -> None:
     run = root / "tiny.toml"
     run.write_text(run.read_text().replace('report = ["d"]', 'report = ["a"]'))
@@ -204,6 +219,11 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], int, str]] = {
         lambda root: (root / "images/a/0.png").write_bytes((root / "images/a/0.png").read_bytes()[:100]),
         1,
         "ROOT/images/a/0.png: cannot be read (image file is truncated); restore the file or take it out of the data",
+    ),
+    "a truncated JPEG": (
+        put_half_a_jpeg,
+        1,
+        "ROOT/images/a/0.jpg: cannot be read (image file is truncated); restore the file or take it out of the data",
     ),
     "a 16-bit image": (
         lambda root: spoil(root / "images/a/0.png", np.zeros((32, 40), np.uint16)),
@@ -251,6 +271,63 @@ def test_bad_data(run: Path, case: str) -> None:
         *("train-student", "-c", run, "-q", "--no-distill", "-s", "train.auxiliary=0", "-o", output),
     )
     assert not (output / "best.safetensors").exists()
+
+
+def test_training_on_what_the_cache_keeps_for_reporting(done: Path, tmp_path: Path) -> None:
+    swapped = ["-s", 'data.folders.train=["d"]', "-s", 'data.folders.report=["a"]']
+    fails(
+        2,
+        "sample d/0 has role train in the data but report in the cache, and such samples must not be learned from; "
+        "correct the lists of the data",
+        *("train-student", "-c", done, "-q", "-o", tmp_path / "out", *swapped),
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_of_one_under_batch_norm(done: Path, tmp_path: Path) -> None:
+    settings = ["student.reference=fast-scnn", "train.labelled=1", "train.auxiliary=0"]
+    fails(
+        2,
+        "batch norm met one value a channel (a pooled 1x1 feature and a batch of 1) while training, and one value has "
+        "no variance; train with at least 2 images a batch or larger crops, or call eval() on the network",
+        *("train-student", "-c", done, "-q", "-o", tmp_path, *(part for text in settings for part in ("-s", text))),
+    )
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["predict", "ROOT/student/best.safetensors", "ROOT/images/d", "-o", "OUT"], "OUT/overlays/0.jpg"),
+        (["cache", "show", "-c", "ROOT/tiny.toml", "a/0", "-o", "OUT"], "OUT/a-0.png"),
+        (["data", "check", "ROOT", "--write", "OUT/draft.toml"], "OUT/draft.toml"),
+    ],
+)
+def test_a_full_disk(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], place: str
+) -> None:
+    def half(content: object, path: Path, *_: object, **__: object) -> None:
+        named = path if isinstance(content, Image.Image) else content
+        assert isinstance(named, Path)
+        named.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    monkeypatch.setattr(Path, "write_text", half)
+    names = {"ROOT": str(done.parent), "OUT": str(tmp_path / "out")}
+    for name, folder in names.items():
+        arguments, place = [argument.replace(name, folder) for argument in arguments], place.replace(name, folder)
+    fails(1, f"{place}: No space left on device; free some space, or name another place", *arguments, "-q")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_file_where_a_folder_must_stand(done: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    fails(
+        1,
+        f"{tmp_path}/file/a-0.png: File exists; a file stands where a folder must; name another place",
+        *("cache", "show", "-c", done, "a/0", "-o", tmp_path / "file"),
+    )
 
 
 def test_an_image_that_fails_stage_1_is_named_and_its_unit_not_committed(run: Path) -> None:

@@ -73,9 +73,7 @@ def test_size_needs_the_header_alone(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((64, 48, 3), np.uint8)).save(file)
     file.write_bytes(file.read_bytes()[:-10])
     assert read_size(file) == (64, 48)
-    truncated = (
-        re.escape(f"{file}: cannot be read (image file is truncated (") + r"\d+" + re.escape(" bytes not processed))")
-    )
+    truncated = re.escape(f"{file}: cannot be read (image file is truncated)")
     with pytest.raises(DataError, match=f"^{truncated}; restore the file or take it out of the data$"):
         read_image(file)
 

@@ -105,9 +105,18 @@ def test_a_file_appears_whole_or_not_at_all(folder, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", half)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         predict_images(by_brightness, images_below(folder), tmp_path / "out", CLASSES)
+    assert Path(caught.value.filename).is_relative_to(tmp_path / "out" / "overlays")
     assert files_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("output", [".", "out"])
+def test_predictions_are_not_images_the_next_time(folder, output):
+    found = images_below(folder)
+    predict_images(by_brightness, found, folder / output, CLASSES)
+    assert len(images_below(folder)) > len(found)
+    assert images_below(folder, output=folder / "seq" / ".." / output) == found
 
 
 @pytest.mark.parametrize("name", ["../a", "/etc/a", "b/../../a", ""])

@@ -31,6 +31,8 @@ LABEL_EXTENSIONS = frozenset({".png", ".bmp", ".tif", ".tiff"})
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, zlib.error)
 """What Pillow's decoders raise for damaged files."""
+_UNREAD = re.compile(r" \(\d+ bytes not processed\)$")
+"""What Pillow says of its own buffer when a file is cut off."""
 _COLOUR_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA"})
 _VALUE_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N"})
 _DEEP = re.compile(r"\b(RGB[AX]?|LA|L);16")
@@ -110,6 +112,7 @@ def _unreadable(path: Path, error: BaseException) -> DataError:
         reason = "not an image of a known format"
     else:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        reason = _UNREAD.sub("", reason)
     return DataError(f"{path}: cannot be read ({reason}); restore the file or take it out of the data")
 
 

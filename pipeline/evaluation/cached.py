@@ -17,6 +17,7 @@ from torch import Tensor
 
 from segkd.pipeline.data.sample import DataSource, Sample
 from segkd.pipeline.evaluation.pictures import show_sample
+from segkd.pipeline.output import replacing
 from segkd.storage.errors import CacheMismatchError, DataError, OutputExistsError
 from segkd.storage.geometry import Mapping
 from segkd.storage.reader import CacheReader, Entry
@@ -87,6 +88,6 @@ def draw_samples(
         raise OutputExistsError(f"{standing[0]} exists; name another folder, or replace it with --overwrite")
     for id_, path in places.items():
         picture = teacher.picture(known[id_])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        with replacing(path) as partial:
+            picture.save(partial)
     return list(places.values())

@@ -19,11 +19,16 @@ from segkd.pipeline.data.images import IMAGE_EXTENSIONS, read_image
 from segkd.pipeline.data.sample import IGNORE, Classes
 from segkd.pipeline.evaluation.pictures import overlay, palette_table
 from segkd.pipeline.evaluation.pixels import check_output, label_map
+from segkd.pipeline.output import replacing
 from segkd.storage.errors import ConfigError, DataError, OutputExistsError
 from segkd.storage.geometry import Mapping
 
 PredictImage = Callable[[npt.NDArray[np.uint8]], tuple[Tensor, Mapping]]
 """An image ``(H, W, 3)`` -> log-probabilities or logits ``(1, C, h, w)`` and where their cells lie in it."""
+
+
+_KINDS = {"labels": ".png", "overlays": ".jpg"}
+"""Folders of what is written, and the extension in each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +45,24 @@ class PredictionSummary:
         return {"written": self.written, "skipped": self.skipped}
 
 
-def images_below(folder: Path) -> list[tuple[str, Path]]:
-    """Name and path of every image in ``folder`` and its subfolders, sorted by name; hidden ones are left out.
+def images_below(folder: Path, *, output: Path | None = None) -> list[tuple[str, Path]]:
+    """Name and path of every image in ``folder`` and its subfolders, sorted by name.
 
-    A name is the path below ``folder`` without the extension: ``seq1/0001``. Raises DataError when there is no folder
-    or no image in it.
+    A name is the path below ``folder`` without the extension: ``seq1/0001``. Left out are hidden ones, and what
+    :func:`predict_images` has written to ``output`` where that lies in ``folder``. Raises DataError when there is no
+    folder or no image in it.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: not a folder; give the folder that holds the images")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file())
     below = [(path.relative_to(folder), path) for path in paths]
-    found = [(inner.with_suffix("").as_posix(), path) for inner, path in below if not _hidden(inner)]
+    written = [] if output is None else [(output / kind).resolve() for kind in _KINDS]
+    root = folder.resolve()
+    found = [
+        (inner.with_suffix("").as_posix(), path)
+        for inner, path in below
+        if not _hidden(inner) and not any((root / inner).is_relative_to(place) for place in written)
+    ]
     if not found:
         raise DataError(
             f"{folder}: no image in it or below; expected files ending in {' '.join(sorted(IMAGE_EXTENSIONS))}"
@@ -75,7 +87,8 @@ def predict_images(
     whole or not at all. ``on_image`` is called with the name of each image that is done, or skipped because it cannot
     be read and ``on_error`` is "skip". Before anything is written: raises OutputExistsError when a file would be
     overwritten and ``overwrite`` is not set, DataError for names that clash or leave ``output``, and ConfigError for
-    more than 255 classes. Later: DataError for an unreadable image, NetworkError for an output of other classes.
+    more than 255 classes. Later: DataError for an unreadable image, NetworkError for an output of other classes, and
+    OSError for a disk that is full or cannot be written to.
     """
     if len(classes) > IGNORE:
         raise ConfigError(f"{len(classes)} classes do not fit into label maps of 8 bits; expected at most {IGNORE}")
@@ -95,8 +108,10 @@ def predict_images(
             check_output(log_probs_1Chw, len(classes), str(path))
             labels_HW = label_map(log_probs_1Chw, mapping, *image_HW3.shape[:2]).cpu().numpy()
             for overlay_path in overlay_paths:
-                _save(Image.fromarray(overlay(image_HW3, labels_HW, classes.palette)), overlay_path)
-            _save(_palette_image(labels_HW, classes), labels_path)
+                with replacing(overlay_path) as partial:
+                    Image.fromarray(overlay(image_HW3, labels_HW, classes.palette)).save(partial, quality=92)
+            with replacing(labels_path) as partial:
+                _palette_image(labels_HW, classes).save(partial)
             written += 1
         if on_image is not None:
             on_image(name)
@@ -119,8 +134,8 @@ def _places(names: Sequence[str], output: Path, *, overlays: bool) -> list[list[
         if name in seen:
             raise DataError(f"two images are called {name!r} and would share one label map; rename one of them")
         seen.add(name)
-    kinds = [("labels", ".png"), ("overlays", ".jpg")][: 2 if overlays else 1]
-    return [[output / folder / f"{name}{suffix}" for folder, suffix in kinds] for name in names]
+    kinds = list(_KINDS.items())[: 2 if overlays else 1]
+    return [[output / kind / f"{name}{suffix}" for kind, suffix in kinds] for name in names]
 
 
 def _refuse_existing(paths: Sequence[Path]) -> None:
@@ -136,14 +151,3 @@ def _palette_image(labels_HW: npt.NDArray[np.uint8], classes: Classes) -> Image.
     image = Image.fromarray(labels_HW)
     image.putpalette(palette_table(classes.palette).tobytes())
     return image
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    """Write under another name first, so that ``path`` never holds half a picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        image.save(partial, quality=92)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ SHA-256 of itself and of every tensor, so that damage is found. The specificatio
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from segkd.pipeline.data.sample import Classes
 from segkd.pipeline.models.layers import Network
 from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.models.references import BUILT_IN, load_network
+from segkd.pipeline.output import replacing
 from segkd.pipeline.settings import parse, to_dict
 from segkd.storage.errors import CheckpointError, ConfigError
 from segkd.storage.publish import sync_folder, write_synced
@@ -151,15 +151,11 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: str | 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Makes ``path`` hold ``content``, on the disk, or leaves it as it was. Raises CheckpointError."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.unlink(missing_ok=True)
-        write_synced(partial, content)
-        partial.replace(path)
+        with replacing(path) as partial:
+            write_synced(partial, content)
         sync_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise CheckpointError(
             f"{path}: cannot be written: {error.strerror}; make room for {len(content):,} bytes on a disk that can be "
             "written to, then go on with --resume. What stood there is untouched"
