@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
@@ -515,6 +516,10 @@ def test_every_description_survives_a_run_file(tmp_path: Path) -> None:
         (
             {"fractions": {"train": 1.5, "report": -0.5}, "group": ".*"},
             "data.fractions add up to 1; each must be above 0 and all together 1",
+        ),
+        (
+            {"fractions": {"train": 1.0, "report": math.nan}, "group": ".*"},
+            "data.fractions add up to nan; each must be above 0 and all together 1",
         ),
         (
             {"fractions": {"train": 1.0}},

@@ -113,7 +113,7 @@ class DataConfig:
             )
         if self.fractions:
             total = math.fsum(self.fractions.values())
-            if min(self.fractions.values()) <= 0 or abs(total - 1) > 1e-6:
+            if not (min(self.fractions.values()) > 0 and abs(total - 1) <= 1e-6):
                 raise ConfigError(f"data.fractions add up to {total:g}; each must be above 0 and all together 1")
             if self.group is None:
                 raise ConfigError(
