@@ -473,7 +473,8 @@ def test_a_cache_of_another_teacher(run: RunConfig, tmp_path: Path, place: Path)
         train(replace(run, teacher=teacher), tmp_path)
     assert str(caught.value) == (
         f"{place}/cache.zarr is of a teacher that differs in arguments.width (0.25, now 0.5), "
-        "produces ('logits', now 'probabilities'); name this teacher's cache in cache.path, or write it with segkd teacher-cache"
+        "produces ('logits', now 'probabilities'); name this teacher's cache in cache.path, or write it with segkd "
+        "teacher-cache"
     )
     assert not list(tmp_path.iterdir())
     train(replace(change(run, steps=1, warmup=0), teacher=None), tmp_path)
