@@ -75,6 +75,22 @@ class TestGrid:
             foreign(nn.Conv2d(4, 2, 1))
         assert isinstance(raised.value.__cause__, RuntimeError)
 
+    def test_a_network_that_fails_on_a_size_says_which(self) -> None:
+        network = foreign(Returns(lambda logits: logits + nn.functional.max_pool2d(logits, 2).repeat(1, 1, 2, 2)))
+        message = (
+            r"^net failed on images of shape \(1, 3, 5, 6\) \(RuntimeError: The size .*\); set preprocessing\.mult"
+        )
+        with pytest.raises(NetworkError, match=message) as raised:
+            network(torch.zeros(1, 3, 5, 6))
+        assert isinstance(raised.value.__cause__, RuntimeError)
+
+    def test_a_device_without_memory_is_no_fault_of_the_network(self) -> None:
+        def full(_: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        with pytest.raises(torch.OutOfMemoryError):
+            foreign(Returns(full), stride=1)(torch.zeros(1, 3, 4, 6))
+
     def test_a_wrong_stride_shows_on_the_first_pass(self) -> None:
         network = foreign(nn.Conv2d(3, 2, 1, 4), stride=8)
         with pytest.raises(
@@ -146,6 +162,12 @@ class TestOutput:
             expected = torch.from_numpy(np.log(values.numpy()))
         torch.testing.assert_close(network(torch.zeros(1, 3, 2, 2)), expected, equal_nan=True)
         assert network(torch.zeros(1, 3, 2, 2))[0, 0, 0, 1] == -torch.inf
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_a_network_of_another_precision_is_fed_its_own(self, dtype: torch.dtype) -> None:
+        network = foreign(nn.Conv2d(3, 2, 1).to(dtype))
+        images = torch.randn(1, 3, 4, 6)
+        assert torch.equal(network(images), network.network(images.to(dtype)))
 
     def test_half_precision_probabilities_are_read(self) -> None:
         values = torch.tensor([0.9995, 0.0005]).reshape(1, 2, 1, 1).bfloat16()

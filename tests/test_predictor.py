@@ -178,6 +178,20 @@ def test_minus_infinity_is_legal() -> None:
         assert tile.isfinite().all()
 
 
+def test_a_cell_in_which_no_class_is_left_names_the_image() -> None:
+    class Void(Pooled):
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images)
+            logits[1, :3, 2, 2] = -torch.inf
+            return logits
+
+    described = config(classes=("sky", "road", "car", "void"), class_map={"void": "ignore"})
+    predictor = Predictor(Void(channels=4), described, CLASSES)
+    message = "^pooled gives probability 0 to every class of the data in a cell of b.png; take its logits rather than"
+    with pytest.raises(NonFiniteError, match=message):
+        predictor.predict([image(), image()], names=["a.png", "b.png"])
+
+
 def test_another_number_of_classes_is_refused() -> None:
     message = re.escape(
         "pooled returned 4 classes, its description has 3; "

@@ -181,6 +181,17 @@ class TestFiles:
         assert torch.equal(loaded.eval()(images), network(images))
 
     @torch.no_grad()
+    def test_a_frozen_torchscript_file_stays_in_its_mode(self, tmp_path: Path) -> None:
+        network, path = nn.Sequential(nn.Conv2d(3, 2, 1, 2), nn.BatchNorm2d(2)).eval(), str(tmp_path / "net.pt")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            torch.jit.freeze(torch.jit.script(network)).save(path)
+        loaded = load_network(NetworkConfig(reference=path), 2)
+        images = torch.randn(1, 3, 8, 16)
+        assert loaded.grid == Grid(stride=2)
+        assert torch.allclose(loaded.train().eval()(images), network(images), atol=1e-6)
+
+    @torch.no_grad()
     def test_exported_program(self, tmp_path: Path) -> None:
         network = nn.Sequential(nn.Conv2d(3, 2, 3, 2, 1), nn.BatchNorm2d(2)).eval()
         path = str(tmp_path / "net.pt2")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from segkd.pipeline.teacher import loop, targets
 from segkd.pipeline.teacher.cache import teacher_cache
 from segkd.pipeline.teacher.config import CacheConfig
 from segkd.storage.coding import Raw
-from segkd.storage.errors import CacheMismatchError, DataError, NetworkError
+from segkd.storage.errors import CacheMismatchError, DataError, NetworkError, NonFiniteError
 from segkd.storage.geometry import Mapping
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import TargetSpec
@@ -137,6 +138,43 @@ def test_out_of_memory_halves_the_batch(sized: RunConfig, monkeypatch: pytest.Mo
     assert set(batches) == {1, 2}
 
 
+def test_what_did_not_fit_is_freed_before_the_halves_are_tried(
+    sized: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infer, held = Predictor.infer, []
+
+    def small(self: Predictor, inputs: Tensor, *rest: object) -> tuple[Tensor, Mapping]:
+        assert [tensor for tensor in held if tensor() is not None] == []
+        activations = inputs + 1
+        held.append(weakref.ref(activations))
+        if len(inputs) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return infer(self, inputs, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Predictor, "infer", small)
+    assert teacher_cache(sized).sealed
+    assert len(held) > 9
+
+
+def test_an_error_stops_the_decoding_of_what_comes_after(sized: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+    prepare = loop.Stage1.prepare
+
+    def slow(self: loop.Stage1, planned: loop.PlannedSample) -> loop.Prepared:
+        decoded.append(planned.id)
+        time.sleep(0.1)
+        return prepare(self, planned)
+
+    def broken(*_: object) -> None:
+        raise NonFiniteError("the teacher is broken")
+
+    monkeypatch.setattr(loop.Stage1, "prepare", slow)
+    monkeypatch.setattr(Predictor, "infer", broken)
+    with pytest.raises(NonFiniteError, match="the teacher is broken"):
+        teacher_cache(replace(sized, cache=replace(sized.cache, batch=16, decoders=1)))
+    assert len(decoded) < 6
+
+
 def test_one_image_that_is_too_large_for_the_device_is_an_error(
     sized: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +203,13 @@ def test_another_teacher_is_refused_and_the_same_one_elsewhere_is_not(sized: Run
     elsewhere = replace(named, teacher=replace(described, arguments={"weights": str(tmp_path / "a.pth")}))
     assert teacher_cache(elsewhere).written == 0
     torch.save({"x": torch.ones(1)}, tmp_path / "a.pth")
-    with pytest.raises(CacheMismatchError, match="was written with another teacher; give this run another cache path"):
+    message = "was written with another teacher; give this run another cache path"
+    with pytest.raises(CacheMismatchError, match=message):
+        teacher_cache(elsewhere)
+    torch.save({"x": torch.zeros(1)}, tmp_path / "a.pth")
+    assert teacher_cache(elsewhere).written == 0
+    teacher.write_text(source.replace("4.0", "3.0"))
+    with pytest.raises(CacheMismatchError, match=message):
         teacher_cache(elsewhere)
 
 

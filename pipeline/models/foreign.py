@@ -43,8 +43,16 @@ class ForeignNetwork(Network):
         self.training = network.training
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
-        """Raise NetworkError where the output is not what the description says."""
-        output_NChw = _output(self.network, self.config, images_N3HW)
+        """Raise NetworkError where the network fails, or its output is not what the description says."""
+        try:
+            output_NChw = _output(self.network, self.config, images_N3HW)
+        except (NetworkError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise NetworkError(
+                f"{self.config.reference} failed on images of shape {tuple(images_N3HW.shape)} ({_reason(error)}); set "
+                "preprocessing.multiple_of or resize to the sizes that it takes, or repair the network"
+            ) from error
         classes, *cells = output_NChw.shape[1:]
         if classes != self.num_classes:
             raise NetworkError(
@@ -64,15 +72,15 @@ class ForeignNetwork(Network):
         return output_NChw
 
 
-class ExportedNetwork(nn.Module):
-    """A program of ``torch.export``: it was recorded in one mode and stays in it."""
+class RecordedNetwork(nn.Module):
+    """A program of ``torch.export`` or a frozen TorchScript: it was recorded in one mode and stays in it."""
 
     def __init__(self, program: nn.Module) -> None:
         super().__init__()
         self.program = program
         self.training = False
 
-    def train(self, mode: bool = True) -> ExportedNetwork:  # noqa: ARG002  # the signature is nn.Module's
+    def train(self, mode: bool = True) -> RecordedNetwork:  # noqa: ARG002  # the signature is nn.Module's
         """Keeps the recorded mode: the program itself refuses to change it."""
         return self
 
@@ -103,8 +111,10 @@ def check_grid(grid: Grid, config: NetworkConfig) -> None:
 
 def _output(network: nn.Module, config: NetworkConfig, images_N3HW: Tensor) -> Tensor:
     """What the network returns for images: the chosen part of it, N,C,h,w. Raises NetworkError."""
+    # A network in half or double precision takes images of its own kind.
+    weights = next((weights for weights in network.parameters() if weights.is_floating_point()), images_N3HW)
     try:
-        returned = network(images_N3HW)
+        returned = network(images_N3HW.to(weights.dtype))
     except ValueError as error:
         if "more than 1 value per channel" in str(error):
             raise NetworkError(SINGLE_VALUE) from error
@@ -181,7 +191,7 @@ def _infer_grid(network: nn.Module, config: NetworkConfig) -> Grid:
     except Exception as error:
         raise NetworkError(
             f"{config.reference} failed on a black image of {height}x{width} pixels, from which its stride was to be "
-            f"read ({type(error).__name__}: {error}); state stride, or the size that it needs in preprocessing"
+            f"read ({_reason(error)}); state stride, or the size that it needs in preprocessing"
         ) from error
     stride = max(round(height / cells[0]), 1)
     grid = Grid(stride=stride, convention="corners" if config.align_corners else "span")
@@ -192,6 +202,11 @@ def _infer_grid(network: nn.Module, config: NetworkConfig) -> Grid:
             "network needs, or wrap it"
         )
     return grid
+
+
+def _reason(error: Exception) -> str:
+    """An exception in one line: TorchScript's have their reason in the last."""
+    return f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"
 
 
 def _by(sizes: Any) -> str:

@@ -151,7 +151,8 @@ def dilate(strides: Iterable[int], output_stride: int) -> list[tuple[int, int]]:
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Every layer in eval mode meanwhile, and each in its own mode again afterwards."""
-    modes = {module: module.training for module in network.modules()}
+    # Frozen TorchScript has no mode.
+    modes = {module: module.training for module in network.modules() if hasattr(module, "training")}
     network.eval()
     try:
         yield

@@ -92,8 +92,8 @@ class Predictor:
     ) -> tuple[Tensor, Mapping]:
         """:meth:`predict` for inputs that :func:`~segkd.pipeline.models.preprocessing.prepare` has made already.
 
-        Raises NonFiniteError, naming the image, for a NaN or +inf (-inf is legal), and NetworkError where the output
-        is not what the description says.
+        Raises NonFiniteError, naming the image, for a NaN or +inf (-inf is legal) and for a cell in which no class is
+        left, and NetworkError where the output is not what the description says.
         """
         mapping, (rows, columns) = self.mapping(*image_size)
         logits = self.logits(prepared_N3HW.to(self.device, non_blocking=True))
@@ -105,15 +105,18 @@ class Predictor:
                 f"{expected[0]}x{expected[1]}; correct the network's stride"
             )
         kept = logits[..., rows.start : rows.stop, columns.start : columns.stop]
-        bad = (kept.isnan() | (kept == torch.inf)).flatten(1).any(1)
-        if bad.any():
-            first = int(bad.nonzero()[0])
-            name = names[first] if names else f"image {first} of the batch"
+        if (name := _first_bad(kept.isnan() | (kept == torch.inf), names)) is not None:
             raise NonFiniteError(
                 f"{self.config.reference} returned NaN or +inf for {name}; check its weights and preprocessing"
                 + ("" if self.precision == "off" else f", or run without {self.precision} precision")
             )
-        return self._over_classes(kept.float().log_softmax(1)), mapping
+        log_probs = self._over_classes(kept.float().log_softmax(1))
+        if (name := _first_bad(log_probs.isnan(), names)) is not None:
+            raise NonFiniteError(
+                f"{self.config.reference} gives probability 0 to every class of the data in a cell of {name}; "
+                "take its logits rather than its probabilities, or map to a class the ignored one that holds all there"
+            )
+        return log_probs, mapping
 
     def logits(self, inputs_N3HW: Tensor) -> Tensor:
         """The network's logits under the chosen precision."""
@@ -136,3 +139,12 @@ class Predictor:
         merged = torch.stack([log_probs_NChw[:, channels].logsumexp(1) for channels in self._groups], 1)
         # Ignored classes take their share with them: what is left is a distribution again.
         return merged.log_softmax(1)
+
+
+def _first_bad(bad_NChw: Tensor, names: Sequence[str]) -> str | None:
+    """The first image of a batch of which a value is bad."""
+    bad_N = bad_NChw.flatten(1).any(1)
+    if not bad_N.any():
+        return None
+    first = int(bad_N.nonzero()[0])
+    return names[first] if names else f"image {first} of the batch"

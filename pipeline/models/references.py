@@ -25,7 +25,7 @@ from torch import nn
 from segkd.pipeline.models.deeplab import deeplab_mobilenetv1, deeplabv2_resnet101, deeplabv3plus_mobilenetv2
 from segkd.pipeline.models.enet import ENet
 from segkd.pipeline.models.fast_scnn import FastSCNN
-from segkd.pipeline.models.foreign import ExportedNetwork, ForeignNetwork, check_grid
+from segkd.pipeline.models.foreign import ForeignNetwork, RecordedNetwork, check_grid
 from segkd.pipeline.models.layers import Network
 from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.models.weights import warm_start
@@ -153,7 +153,7 @@ def _load_checkpoint(path: str) -> nn.Module:
 
 def _load_exported(path: str) -> nn.Module:
     try:
-        return ExportedNetwork(torch.export.load(path).module())
+        return RecordedNetwork(torch.export.load(path).module())
     except Exception as error:
         raise NetworkError(
             f"{path}: not a program that this PyTorch ({torch.__version__}) can read "
@@ -173,7 +173,8 @@ def _load_script(path: str) -> nn.Module:
             f"{path}: not a TorchScript file ({reason}); weights alone belong in init as .pth, "
             "with the network's own reference"
         ) from error
-    return network
+    # Freezing takes the mode away.
+    return network if hasattr(network, "training") else RecordedNetwork(network)
 
 
 _FILES: Mapping[str, Callable[[str], nn.Module]] = {

@@ -27,6 +27,7 @@ from segkd.pipeline.teacher.loop import Stage1
 from segkd.pipeline.teacher.targets import TARGETS
 from segkd.storage.errors import DataError
 from segkd.storage.layout import PlannedSample, Unit, plan_units
+from segkd.storage.publish import explained
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import CacheSpec, TargetSpec
 from segkd.storage.writer import CacheWriter
@@ -188,7 +189,8 @@ class _Journal:
 
     def __init__(self, writer: CacheWriter, device: torch.device, task: Task) -> None:
         self.writer, self.device, self.task = writer, device, task
-        self.path = writer.root.with_name(f"{writer.root.name}.log")
+        # A relative path may have no name of its own: ".".
+        self.path = Path(f"{writer.root.resolve()}.log")
         self.began = time.monotonic()
         self.samples = self.bytes = self.pixels = 0
 
@@ -214,5 +216,5 @@ class _Journal:
             "device": str(self.device),
             "torch": torch.__version__,
         }
-        with self.path.open("a") as file:
+        with explained(self.path), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -1,6 +1,6 @@
 """Digests that tell whether a cache still fits: of the teacher, of what it is fed, of the classes, of the coding.
 
-They depend on content, not on where it lies: a weights file counts by its bytes and a path by its last part.
+They depend on content, not on where it lies: a file of weights or code counts by its bytes, any path by its last part.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ def fingerprints(
     preprocessing = description.pop("preprocessing")
     channels = {name: description.pop(name) for name in ("classes", "class_map")}
     return {
-        "teacher": _digest({**description, "weights": weights_digest(network), "precision": precision}),
+        "teacher": _digest(
+            {
+                **description,
+                # What a Python file computes, or a frozen program has for weights, no tensor tells.
+                "file": _content(config.reference.rpartition(":")[0] or config.reference),
+                "weights": weights_digest(network),
+                "precision": precision,
+            }
+        ),
         "preprocessing": _digest(preprocessing),
         "classes": _digest({"data": classes.names, **channels}),
         "coding": _digest([target.to_dict() for target in targets]),
@@ -40,7 +48,7 @@ def portable(config: NetworkConfig) -> dict[str, Any]:
     table = asdict(config)
     table["reference"] = _file_name(config.reference)
     table["init"] = None if config.init is None else _file_name(config.init)
-    table["arguments"] = {name: _argument(value) for name, value in config.arguments.items()}
+    table["arguments"] = {name: _content(value) for name, value in config.arguments.items()}
     return table
 
 
@@ -53,7 +61,8 @@ def weights_digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _argument(value: Any) -> Any:
+def _content(value: Any) -> Any:
+    """A file's name and digest instead of its path; anything else as it is."""
     if isinstance(value, str) and Path(value).is_file():
         with Path(value).open("rb") as file:
             return f"{Path(value).name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -10,8 +10,9 @@ finished before.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import TypeVar
@@ -55,9 +56,12 @@ class Stage1:
 
     def run(self, writer: CacheWriter, units: Sequence[Unit], on_unit: Callable[[Unit, int | None], None]) -> None:
         """Computes and commits ``units``; ``on_unit`` hears of each with its bytes (None: another worker was first)."""
-        batches = [batch for unit in units for batch in self.batches(unit)]
-        with ThreadPoolExecutor(self.decoders) as decoders, ThreadPoolExecutor(1) as publisher:
-            prepared = ahead(decoders, self.prepare, (sample for batch in batches for sample in batch), 2 * self.batch)
+        jobs = (sample for unit in units for batch in self.batches(unit) for sample in batch)
+        with (
+            ThreadPoolExecutor(self.decoders) as decoders,
+            ThreadPoolExecutor(1) as publisher,
+            closing(ahead(decoders, self.prepare, jobs, 2 * self.batch)) as prepared,
+        ):
             writing: Future[None] | None = None
             for unit in units:
                 coded, statistics = self._code_unit(unit, prepared)
@@ -105,30 +109,34 @@ class Stage1:
     @torch.inference_mode()
     def _code_batch(self, batch: Sequence[PlannedSample], inputs_N3HW: Tensor) -> dict[str, Coded]:
         """The batch's targets, coded and brought to the host; in two halves when the device runs out of memory."""
-        size = batch[0].image_size
         try:
-            log_probs, mapping = self.predictor.infer(inputs_N3HW, size, [sample.id for sample in batch])
-            coded = {
-                name: code(TARGETS[name](), target, log_probs, mapping, size)
-                for name, target in self.spec.targets.items()
-            }
+            return self._code_at_once(batch, inputs_N3HW)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
+                height, width = batch[0].image_size
                 raise NetworkError(
-                    f"the device has no memory for one image of {size[0]}x{size[1]} pixels; "
+                    f"the device has no memory for one image of {height}x{width} pixels; "
                     'run on another device or with precision = "bf16"'
                 ) from None
-            half = len(batch) // 2
-            first = self._code_batch(batch[:half], inputs_N3HW[:half])
-            second = self._code_batch(batch[half:], inputs_N3HW[half:])
-            return {name: first[name].followed_by(second[name]) for name in first}
+        # Not in the handler: as long as the exception lives, so does every tensor of the calls that it came through.
+        half = len(batch) // 2
+        first = self._code_batch(batch[:half], inputs_N3HW[:half])
+        second = self._code_batch(batch[half:], inputs_N3HW[half:])
+        return {name: first[name].followed_by(second[name]) for name in first}
+
+    def _code_at_once(self, batch: Sequence[PlannedSample], inputs_N3HW: Tensor) -> dict[str, Coded]:
+        size = batch[0].image_size
+        log_probs, mapping = self.predictor.infer(inputs_N3HW, size, [sample.id for sample in batch])
+        coded = {
+            name: code(TARGETS[name](), target, log_probs, mapping, size) for name, target in self.spec.targets.items()
+        }
         return {name: target.on_host() for name, target in coded.items()}
 
 
 def ahead(
     executor: ThreadPoolExecutor, work: Callable[[Job], Result], jobs: Iterable[Job], depth: int
-) -> Iterator[Result]:
-    """``work`` of each job in order, with at most ``depth`` jobs under way before their turn."""
+) -> Generator[Result]:
+    """``work`` of each job in order, with at most ``depth`` jobs under way before their turn; none after closing."""
     waiting: deque[Future[Result]] = deque()
     try:
         for job in jobs:
