@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -260,6 +261,15 @@ def test_missing_partners(tmp_path: Path) -> None:
         ("error", f"{tmp_path}/images/c.png: {message}"),
         ("error", f"{tmp_path}/images/d.png: {message}"),
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    put_pairs(tmp_path, "a", os.fsdecode(b"caf\xe9"))
+    refused(
+        folder(tmp_path),
+        f"{tmp_path}/images: the name 'caf\\udce9.jpg' is not UTF-8, so that no list or cache can hold it; rename it",
+    )
 
 
 def test_two_files_of_one_name(tmp_path: Path) -> None:

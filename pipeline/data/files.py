@@ -82,12 +82,14 @@ def names_in(folder: Path) -> set[str]:
 
 
 def by_stem(names: Iterable[str], naming: Naming, place: Path) -> dict[str, str]:
-    """Common part -> name, of the names that count. Raises DataError where two names share it."""
+    """Common part -> name, of the names that count. Raises DataError where two share it, and for one not in UTF-8."""
     found: dict[str, str] = {}
     for name in names:
         stem = naming.stem(name)
         if stem is None:
             continue
+        if not _is_text(name):
+            raise DataError(f"{place}: the name {name!r} is not UTF-8, so that no list or cache can hold it; rename it")
         if stem in found:
             first, second = sorted((found[stem], name))
             raise DataError(
@@ -96,6 +98,11 @@ def by_stem(names: Iterable[str], naming: Naming, place: Path) -> dict[str, str]
             )
         found[stem] = name
     return found
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name is text, not bytes that Python could only escape."""
+    return not any("\udc80" <= character <= "\udcff" for character in name)
 
 
 def inside(name: str, place: str) -> str:
