@@ -28,6 +28,7 @@ class Small(nn.Module):
     [
         ({"steps": 0, "warmup": 0}, "train.steps is 0; it must be at least 1"),
         ({"labelled": -1}, "train.labelled is -1; it must be at least 0"),
+        ({"seed": 2**64}, "train.seed is 18446744073709551616; it must be less than 2^64"),
         (
             {"labelled": 0},
             "train.labelled and train.auxiliary are both 0; a batch needs samples: raise one of them",

@@ -77,6 +77,8 @@ class TrainConfig:
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be at least {low}")
+        if self.seed >= 2**64:
+            raise ConfigError(f"train.seed is {self.seed}; it must be less than 2^64")
         for name in ("backbone_rate", "weight_decay", "power", "clip"):
             self._check_finite(name, 0.0, math.inf, "0 or more")
         self._check_finite("learning_rate", math.ulp(0.0), math.inf, "more than 0")
