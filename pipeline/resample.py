@@ -23,6 +23,8 @@ TILE_BYTES = 4 * 2**20
 _LOWEST = -1e30
 """Stands in for -inf, which times a weight of 0 would be NaN; any share of it still loses against a log-probability."""
 
+_NO_WEIGHT = 1e-9
+
 
 def apply_weights(values_NChw: Tensor, y: Weights, x: Weights) -> Tensor:
     """N,C,h,w -> N,C,t,u by ``y (t, h)`` and ``x (u, w)``, or by one of each a sample, ``(N, t, h)`` and ``(N, u, w)``.
@@ -70,6 +72,8 @@ def _tiles(axis: Axis, pixels: int, side: int) -> list[tuple[slice, slice, Weigh
     for start in range(0, pixels, side):
         stop = min(start + side, pixels)
         weights = resampling(Axis(1.0, float(start), stop - start), axis)
+        # What rounding leaves at a cell's centre of its neighbours is no share of them: theirs may be -1e30.
+        weights[weights < _NO_WEIGHT] = 0
         used = np.flatnonzero(weights.any(axis=0))
         cells = slice(int(used[0]), int(used[-1]) + 1)
         tiles.append((slice(start, stop), cells, weights[:, cells].copy()))

@@ -16,8 +16,9 @@ from segkd.pipeline.models.network import Grid, NetworkConfig, Preprocessing
 from segkd.pipeline.models.predictor import Predictor, class_groups
 from segkd.pipeline.models.preprocessing import normalise, placement, prepare
 from segkd.pipeline.resample import pixel_tiles, to_pixels
-from segkd.storage.errors import NetworkError, NonFiniteError
-from segkd.storage.geometry import Axis
+from segkd.storage.errors import ConfigError, NetworkError, NonFiniteError
+from segkd.storage.geometry import Axis, network_axis
+from segkd.storage.geometry import Mapping as GridMapping
 
 CLASSES = ("sky", "road", "car")
 
@@ -146,6 +147,20 @@ def test_a_class_without_a_meaning_is_refused(fields: dict[str, object], message
         class_groups(config(**fields), CLASSES)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"std": (0.2, 0.0, 0.2)}, "mean is .* and std .0.2, 0.0, 0.2.; std must be above 0, both finite"),
+        ({"mean": (0.2, float("nan"), 0.2)}, "mean is .0.2, nan, 0.2. and std .*; std must be above 0, both finite"),
+        ({"multiple_of": 0}, "multiple_of is 0 and resize None; all must be at least 1"),
+        ({"resize": (0, 3)}, r"multiple_of is 1 and resize \(0, 3\); all must be at least 1"),
+    ],
+)
+def test_preprocessing_that_cannot_be_done_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        Preprocessing(**fields)  # type: ignore[arg-type]
+
+
 def test_the_same_classes_in_another_order_are_put_in_order() -> None:
     assert class_groups(config(classes=("car", "sky", "road")), CLASSES) == [[1], [2], [0]]
     assert class_groups(config(classes=CLASSES), CLASSES) is None
@@ -190,6 +205,16 @@ def test_a_cell_in_which_no_class_is_left_names_the_image() -> None:
     message = "^pooled gives probability 0 to every class of the data in a cell of b.png; take its logits rather than"
     with pytest.raises(NonFiniteError, match=message):
         predictor.predict([image(), image()], names=["a.png", "b.png"])
+
+
+def test_a_pixel_at_a_cells_centre_takes_nothing_of_a_neighbours_minus_infinity() -> None:
+    log_probs = torch.tensor([[0.9, 0.0], [0.1, 1.0]]).log()[None, :, None].repeat(1, 1, 6, 3)
+    # Cells of 7 pixels: the centres of cells are those of pixels 3, 10, 17 ...
+    mapping = GridMapping(network_axis(42, 6), network_axis(42, 6))
+    pixels = torch.zeros(1, 2, 42, 42)
+    for rows, columns, tile in pixel_tiles(log_probs, mapping, 42, 42):
+        pixels[..., rows, columns] = tile
+    torch.testing.assert_close(pixels[..., 3::7, 3::7].softmax(1), log_probs.softmax(1))
 
 
 def test_another_number_of_classes_is_refused() -> None:
