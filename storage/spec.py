@@ -136,7 +136,8 @@ def require_equal(expected: CacheSpec, found: CacheSpec, where: str) -> None:
     """Raises CacheMismatchError that names what differs between a cache and what was asked for."""
     differing = [name for name, digest in expected.fingerprints.items() if found.fingerprints.get(name) != digest]
     if expected.classes != found.classes:
-        differing.append(f"classes ({len(found.classes)} in the cache, {len(expected.classes)} asked for)")
+        counts = f"{len(found.classes)} in the cache, {len(expected.classes)} asked for"
+        differing = [f"classes ({counts})", *(name for name in differing if name != "classes")]
     if expected.plan.digest != found.plan.digest:
         differing.append("list of samples")
     elif expected.plan != found.plan:

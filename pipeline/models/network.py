@@ -5,11 +5,13 @@ Shapes: images N,3,H,W; logits N,C,h,w.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from segkd.storage.errors import ConfigError
 from segkd.storage.geometry import Axis, Convention, Mapping, network_axis
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -68,6 +70,12 @@ class Preprocessing:
     """Right and lower padding brings both sides to a multiple of this; padded cells are not kept."""
     pad: Literal["mean", "edge"] = "mean"
     """What padding holds: the mean (0 after normalising) or the border pixel."""
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
+            raise ConfigError(f"mean is {list(self.mean)} and std {list(self.std)}; std must be above 0, both finite")
+        if min(self.multiple_of, *(self.resize or (1,))) < 1:
+            raise ConfigError(f"multiple_of is {self.multiple_of} and resize {self.resize}; all must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
