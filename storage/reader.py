@@ -69,8 +69,14 @@ class CacheReader:
         return [unit for unit in range(self.spec.plan.units) if (self.path / record_name(unit)).exists()]
 
     def records(self) -> list[dict[str, Any]]:
-        """The commit records, in the order of units."""
-        return [read_document(self.path / record_name(unit)) for unit in self.committed_units()]
+        """The commit records, in the order of units. Raises CacheDamagedError where a finished cache has lost one."""
+        done, units = self.committed_units(), self.spec.plan.units
+        if self.sealed and len(done) < units:
+            raise CacheDamagedError(
+                f"{self.path} was finished and has lost {units - len(done)} of its {units} commit records; "
+                "run segkd teacher-cache again to write those units"
+            )
+        return [read_document(self.path / record_name(unit)) for unit in done]
 
     def statistics(self) -> Statistics:
         """What the coding of all written units has cost."""

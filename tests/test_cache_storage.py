@@ -493,6 +493,18 @@ def test_a_description_that_is_cut_off_is_damage(tmp_path: Path, name: str) -> N
         CacheReader(tmp_path / "c.zarr").entries()
 
 
+def test_a_lost_commit_record_is_damage_and_written_again(tmp_path: Path) -> None:
+    plan = write_cache(tmp_path / "c.zarr")
+    before = files_of(tmp_path / "c.zarr")
+    (tmp_path / "c.zarr" / publish.record_name(1)).unlink()
+    message = rf"c.zarr was finished and has lost 1 of its {len(plan.units)} commit records; run segkd teacher-cache"
+    with pytest.raises(CacheDamagedError, match=message):
+        CacheReader(tmp_path / "c.zarr").entries()
+    writer = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    write_units(writer, [unit.number for unit in writer.pending()])
+    assert files_of(tmp_path / "c.zarr") == before
+
+
 @given(st.lists(st.floats(0, 1e3), max_size=12), st.integers(0, 12))
 def test_statistics_add_exactly_in_any_grouping(values: list[float], cut: int) -> None:
     whole, left, right = Measure(), Measure(), Measure()
