@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,22 @@ if TYPE_CHECKING:
     "-o", "--output", metavar="FOLDER", help="Where checkpoints and logs go.  [default: runs/NAME of NAME.toml]"
 )
 @click.option("--no-distill", is_flag=True, help="Train on labels alone, without a cache; any network, teachers too.")
+@click.option(
+    "--init", metavar="FILE", help="Weights to start from, as student.init of the run file; says which it took."
+)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint as if nothing had happened.")
 @overwrite_option
 @run_options()
 @json_option
 @verbosity_options
 def train_student(
-    run: RunConfig, output: str | None, no_distill: bool, resume: bool, overwrite: bool, as_json: bool
+    run: RunConfig,
+    output: str | None,
+    no_distill: bool,
+    init: str | None,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Stage 2: train the student of the run file from labels and from what the cache keeps of the teacher.
 
@@ -32,6 +42,8 @@ def train_student(
     """
     from segkd.pipeline.student.train import train
 
+    if init is not None:
+        run = replace(run, student=replace(run.the_student(), init=init))
     config = click.get_current_context().params["config"]
     folder = output or str(Path("runs") / Path(config or "student.toml").stem)
     with resumable(f"Go on with --resume; checkpoints are in {folder}."):

@@ -95,6 +95,19 @@ def test_training_without_a_teacher(run: Path, tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "runs" / "tiny" / "best.safetensors").exists()
 
 
+def test_training_from_given_weights_says_which_it_took(run: Path, done: Path, tmp_path: Path) -> None:
+    plain = ("train-student", "-c", run, "--no-distill", "-s", "train.auxiliary=0", "-o", tmp_path / "out")
+    weights = done.parent / "student" / "last.safetensors"
+    result = segkd(*plain, "--init", weights)
+    assert result.exit_code == 0, result.output
+    assert f"{weights}: " in result.stderr
+    assert " took " in result.stderr
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["configuration"]["student"]["init"] == str(weights)
+    absent = segkd(*plain, "--overwrite", "--init", tmp_path / "none.pth")
+    assert absent.exit_code == 2
+    assert str(tmp_path / "none.pth") in absent.stderr
+
+
 def test_evaluating_teacher_cache_and_student(done: Path) -> None:
     best = done.parent / "student" / "best.safetensors"
     miou = {}
