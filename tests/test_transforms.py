@@ -129,8 +129,9 @@ def test_ramp_images_show_the_coordinates_that_the_maps_state(crop: Crop) -> Non
         expected = np.array([axis(i) for i in visible])
         reach = 1 + max(1.0, abs(axis.scale))
         interior = (expected > reach) & (expected < ramp.shape[0 if axis is crop.y else 1] - 1 - reach)
-        # An antialiasing triangle sampled at whole pixels is off by up to 0.07 crop pixels where it shrinks.
-        tolerance = 0.01 if abs(axis.scale) <= 1 else 0.07 * abs(axis.scale)
+        # An antialiasing triangle sampled at whole pixels is off by up to 0.0718 crop pixels (at a ratio of
+        # 1.185) where it shrinks: the largest first moment of its weights over all ratios and phases.
+        tolerance = 0.01 if abs(axis.scale) <= 1 else 0.072 * abs(axis.scale)
         np.testing.assert_allclose(found[interior], expected[interior], atol=tolerance)
 
 

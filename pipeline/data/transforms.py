@@ -92,7 +92,7 @@ class Crop:
         """The visible part of the crop from a picture of any Pillow mode: bilinear, antialiased where it shrinks.
 
         Only the pixels that the crop shows (and their neighbours, for the filter) are read. Enlarging follows the map
-        exactly; shrinking by anything but a whole number dithers about it by up to 0.07 crop pixels, as every
+        exactly; shrinking by anything but a whole number dithers about it by up to 0.072 crop pixels, as every
         antialiasing triangle that is sampled at whole pixels does.
         """
         rows, columns = self.visible
