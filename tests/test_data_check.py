@@ -47,7 +47,7 @@ def messages(report: DataReport, severity: str) -> list[str]:
 
 NO_SELECT = (
     "no sample has role select: the best checkpoint cannot be chosen, the last one is what training gives; "
-    "give the role to some, if needed"
+    "give it to some in [data.fractions], lists or folders, if needed"
 )
 
 

@@ -75,6 +75,8 @@ class Small(nn.Module):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.calls == self.at and self.act == "nan":
                 logits = logits * float("nan")
+        if self.training and self.act == "labels":
+            return logits.round().long()
         if self.act == "loud":
             logits = logits * 3000
         return logits
@@ -413,6 +415,16 @@ def test_a_network_that_diverges_before_its_validation(labels_only: RunConfig, t
     assert str(caught.value) == (
         "step 1: validation met NaN or +inf in the logits; "
         'lower train.learning_rate, set train.clip or a longer train.warmup, or train.amp = "off"'
+    )
+
+
+def test_a_student_without_gradients(labels_only: RunConfig, tmp_path: Path, place: Path) -> None:
+    labels = NetworkConfig(reference=f"{place}/networks.py:Small", stride=4, arguments={"act": "labels"})
+    with pytest.raises(NetworkError) as caught:
+        train(replace(labels_only, student=labels), tmp_path / "out", distill=False)
+    assert str(caught.value) == (
+        "the student's logits (int64) carry no gradient, so nothing can be learned; "
+        "return floating-point logits and leave out argmax, detach() and no_grad()"
     )
 
 

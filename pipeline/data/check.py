@@ -192,7 +192,8 @@ def _warnings(
     roles = {sample.role for sample in samples}
     for role, consequence in consequences.items():
         if role not in roles:
-            yield Complaint("warning", f"no sample has role {role}: {consequence}; give the role to some, if needed")
+            remedy = "give it to some in [data.fractions], lists or folders, if needed"
+            yield Complaint("warning", f"no sample has role {role}: {consequence}; {remedy}")
     for role in (Role.TRAIN, *_SCORED):
         absent = [name for name, count in zip(names, pixels.get(role, ()), strict=False) if count == 0]
         if absent:

@@ -82,7 +82,13 @@ def draw_samples(
     unknown = [id_ for id_ in ids if id_ not in known]
     if unknown:
         raise DataError(f"the data has no sample {unknown[0]!r}; its first is {source.samples[0].id!r}")
+    # An id given twice is one picture; two ids of one file name are not.
+    ids = list(dict.fromkeys(ids))
     places = {id_: Path(folder) / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', id_)}.png" for id_ in ids}
+    if len(set(places.values())) < len(places):
+        shared = next(path for path in places.values() if list(places.values()).count(path) > 1)
+        both = ", ".join(repr(id_) for id_, path in places.items() if path == shared)
+        raise OutputExistsError(f"the samples {both} would both be drawn to {shared}; draw them into different folders")
     standing = [path for path in places.values() if path.exists()]
     if standing and not overwrite:
         raise OutputExistsError(f"{standing[0]} exists; name another folder, or replace it with --overwrite")

@@ -20,10 +20,11 @@ from segkd.pipeline.data.stream import StreamConfig, TrainStream
 from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.settings import leaves
 from segkd.pipeline.student.config import TrainConfig
-from segkd.pipeline.student.losses import LossConfig, needed_targets
+from segkd.pipeline.student.losses import LossConfig, needed_targets, uses
 from segkd.pipeline.teacher.fingerprints import portable
 from segkd.storage.errors import CacheMismatchError, ConfigError
 from segkd.storage.reader import CacheReader
+from segkd.storage.spec import CacheSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +80,31 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool) -> Inp
     cache = CacheReader(run.cache.path) if distill else None
     if cache is not None and run.teacher is not None:
         _check_teacher(cache, run.teacher)
+    if cache is not None and not loss.allow_unpromised:
+        check_promise(cache.spec, loss, str(cache.path))
     config = StreamConfig(labelled=train.labelled, auxiliary=train.auxiliary, seed=train.seed)
     stream = TrainStream(source, cache, targets, config, run.augment, student.preprocessing)
     weights = class_weights(source, train)
     return Inputs(source=source, cache=cache, loss=loss, stream=stream, select=select, class_weights=weights)
+
+
+def check_promise(spec: CacheSpec, loss: LossConfig, where: str) -> None:
+    """Raises CacheMismatchError where a term reads distributions at a temperature that the cache's bound leaves out.
+
+    A bound at one temperature says nothing about another: what is next to nothing at T = 1 counts at T = 4.
+    """
+    for use in uses(loss):
+        target = spec.targets.get(use.target)
+        if target is None or use.temperature is None or "temperatures" not in target.parameters:
+            continue
+        promised = target.parameters["temperatures"]
+        assert isinstance(promised, list | tuple)
+        if use.temperature not in promised:
+            raise CacheMismatchError(
+                f"loss.temperature is {use.temperature:g}, but {where} keeps its bound of {target.bound:g} nats at "
+                f"T = {', '.join(f'{t:g}' for t in promised)} only; write it again with {use.temperature:g} among "
+                "cache.temperatures, or set loss.allow_unpromised = true"
+            )
 
 
 def _check_teacher(cache: CacheReader, teacher: NetworkConfig) -> None:

@@ -47,6 +47,8 @@ class LossConfig:
     """Weight of the first-order term; the term starts about fifty times below KL, so sweep it over decades."""
     first_order_form: Features = "softmax"
     """What the first-order map compares between neighbours, see :func:`segkd.pipeline.first_order.features_of`."""
+    allow_unpromised: bool = False
+    """Whether to train at a temperature that the cache gives no bound on its coding error for."""
 
     def __post_init__(self) -> None:
         weights = {name: getattr(self, name) for name in ("cross_entropy", "zero_order", "first_order")}
@@ -61,8 +63,24 @@ class LossConfig:
 
 def needed_targets(config: LossConfig) -> tuple[str, ...]:
     """The cache's targets that the loss reads, in the cache's names."""
-    zero_order = ("soft",) if config.zero_order else ()
-    return (*zero_order, _first_order_target(config)) if config.first_order else zero_order
+    return tuple(use.target for use in uses(config))
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one knowledge term reads of the cache."""
+
+    term: str
+    target: str
+    temperature: float | None
+    """The temperature at which it reads class distributions; None where it reads the target as it is."""
+
+
+def uses(config: LossConfig) -> tuple[Use, ...]:
+    """What the loss's knowledge terms read; a term of weight 0 reads nothing."""
+    zero_order = Use("zero_order", "soft", config.temperature)
+    first_order = Use("first_order", _first_order_target(config), None)
+    return tuple(use for use in (zero_order, first_order) if getattr(config, use.term))
 
 
 def _first_order_target(config: LossConfig) -> str:

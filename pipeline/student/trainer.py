@@ -21,7 +21,7 @@ from segkd.pipeline.student.ema import Ema
 from segkd.pipeline.student.losses import LossConfig, needed_targets, total_loss
 from segkd.pipeline.student.optim import make_optimiser, set_learning_rate
 from segkd.storage import geometry
-from segkd.storage.errors import NonFiniteError
+from segkd.storage.errors import NetworkError, NonFiniteError
 from segkd.storage.reader import CacheReader
 
 DIVERGED = 'lower train.learning_rate, set train.clip or a longer train.warmup, or train.amp = "off"'
@@ -92,6 +92,11 @@ class Trainer:
         images_N3HW = images_N3HW.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, AUTOCAST_DTYPES.get(amp), enabled=amp in AUTOCAST_DTYPES):
             logits_NChw: Tensor = self.network(images_N3HW)
+        if not logits_NChw.requires_grad:
+            raise NetworkError(
+                f"the student's logits ({str(logits_NChw.dtype).removeprefix('torch.')}) carry no gradient, so nothing "
+                "can be learned; return floating-point logits and leave out argmax, detach() and no_grad()"
+            )
         return logits_NChw
 
     def _decode(self, batch: Batch) -> dict[str, Tensor]:
