@@ -1,0 +1,180 @@
+"""The checks of a teacher before it is cached: how far it agrees with itself, and mistakes that raise no error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor, nn
+
+from segkd.pipeline.config import load
+from segkd.pipeline.data.readers import open_data
+from segkd.pipeline.data.sample import DataSource, Role
+from segkd.pipeline.models.network import Grid, NetworkConfig, Preprocessing
+from segkd.pipeline.models.predictor import Predictor
+from segkd.pipeline.teacher import checks
+from segkd.storage.errors import NetworkError
+
+PLAIN = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+NAMES = ("red", "green", "blue")
+
+
+class Brightest(nn.Module):
+    """Logits are the channels of what it is fed, averaged over cells of four pixels; too bright an input blinds it."""
+
+    def __init__(self, roll: int = 0) -> None:
+        super().__init__()
+        self.grid, self.num_classes, self.roll = Grid(stride=4), 3, roll
+
+    def forward(self, images: Tensor) -> Tensor:
+        means = nn.functional.avg_pool2d(images, 4, ceil_mode=True, count_include_pad=False)
+        return 5.0 * means.clamp(max=1.0).roll(self.roll, 1)
+
+
+class Leftmost(Brightest):
+    """Sees where in its input a cell lies: nothing looks the same to it in a mirror."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (
+            super().forward(images) + torch.linspace(0, 1, -(-images.shape[-1] // 4)) * torch.eye(3)[0, :, None, None]
+        )
+
+
+def asked(network: nn.Module, preprocessing: Preprocessing = PLAIN) -> Predictor:
+    return Predictor(network, NetworkConfig(reference="mine", preprocessing=preprocessing), NAMES)
+
+
+@pytest.fixture
+def source(run: Path) -> DataSource:
+    return open_data(load(run).data)
+
+
+def noise(height: int, width: int) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+# Self-disagreement
+
+
+def test_what_looks_at_each_cell_alone_agrees_with_itself_in_a_mirror_and_in_a_part() -> None:
+    found = checks.self_disagreement(asked(Brightest()), [("a", noise(32, 48)), ("b", noise(64, 32))])
+    assert found["flip"] == pytest.approx(0, abs=1e-6)
+    assert found["quarter crop"] == pytest.approx(0, abs=1e-6)
+    assert (found["scale 2"] or 0) > 1e-4
+
+
+def test_disagreement_in_a_mirror_against_a_loop_over_cells() -> None:
+    image = noise(16, 24)
+    predictor = asked(Leftmost())
+    straight, turned = (predictor.predict([np.ascontiguousarray(view)])[0][0] for view in (image, image[:, ::-1]))
+    total = 0.0
+    for y in range(4):
+        for x in range(6):
+            p, q = straight[:, y, x].double(), turned[:, y, 5 - x].double()
+            total += sum(math.exp(p[c]) * float(p[c] - q[c]) for c in range(3)) / 24
+    assert total > 1e-3
+    assert checks.self_disagreement(predictor, [("a", image)])["flip"] == pytest.approx(total, rel=1e-4)
+
+
+def test_at_half_size_a_cell_is_compared_with_what_lies_around_it() -> None:
+    """On a ramp, whose cells lie on a line at every size, interpolated log-odds fit; at the border they are held."""
+    ramp = np.broadcast_to(np.arange(0, 256, 2, np.uint8)[None, :, None], (32, 128, 3)).copy()
+    ramp[..., 1:] = 0
+    found = checks.self_disagreement(asked(Brightest()), [("a", ramp)])
+    assert (found["scale 1/2"] or 0) < 1e-4
+    assert (found["scale 2"] or 0) < 1e-4
+    assert found["flip"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_view_that_the_network_refuses_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, logits = asked(Brightest()), Predictor.logits
+
+    def one_size(self: Predictor, inputs: Tensor) -> Tensor:
+        if inputs.shape[-2:] != (32, 32):
+            raise NetworkError("another size")
+        return logits(self, inputs)
+
+    monkeypatch.setattr(Predictor, "logits", one_size)
+    found = checks.self_disagreement(predictor, [("a", noise(32, 32))])
+    assert found["flip"] is not None
+    assert (found["scale 1/2"], found["scale 2"], found["quarter crop"]) == (None, None, None)
+
+
+def test_a_class_without_probability_can_be_compared() -> None:
+    class Certain(Brightest):
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images)
+            return logits.masked_fill(logits < logits.amax(1, keepdim=True), -torch.inf)
+
+    found = checks.self_disagreement(asked(Certain()), [("a", noise(32, 32))])
+    assert all(value is not None and math.isfinite(value) for value in found.values())
+
+
+# Silent mistakes
+
+
+def test_a_right_description_stands(source: DataSource) -> None:
+    samples = checks.labelled_samples(source)
+    assert {sample.role for sample in samples} == {Role.SELECT, Role.TRAIN}
+    found = checks.fit(asked(Brightest()), source, samples)
+    assert found.suspect is None
+    assert (found.miou or 0) > 95
+    assert found.samples == 4
+    assert found.constant < 20
+    assert found.to_dict()["suspect"] is None
+
+
+@pytest.mark.parametrize(
+    ("network", "preprocessing", "suspect"),
+    [
+        (Brightest(), replace(PLAIN, channels="BGR"), 'preprocessing: channels = "RGB"'),
+        (Brightest(), replace(PLAIN, range="0-255"), 'preprocessing: range = "0-1"'),
+        (
+            Brightest(),
+            replace(PLAIN, mean=(0.9, 0.0, 0.0)),
+            "preprocessing: mean = [0.0, 0.0, 0.9], std = [1.0, 1.0, 1.0]",
+        ),
+        (Brightest(roll=-1), PLAIN, "classes: each of the teacher's channels is class +1 of its list"),
+        (Brightest(roll=1), PLAIN, "classes: each of the teacher's channels is class -1 of its list"),
+    ],
+)
+def test_a_silent_mistake_is_found(
+    source: DataSource, network: nn.Module, preprocessing: Preprocessing, suspect: str
+) -> None:
+    class Off(Brightest):
+        """Was trained with a mean of 0.9 in blue."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images + torch.tensor([0.0, 0.0, 0.9])[:, None, None])
+
+    off = preprocessing.mean != PLAIN.mean
+    found = checks.fit(asked(Off() if off else network, preprocessing), source, checks.labelled_samples(source))
+    assert found.suspect is not None
+    assert found.suspect.setting == suspect
+    assert (found.suspect.miou or 0) > 90
+    assert found.suspect.better == 4
+
+
+def test_a_teacher_that_knows_nothing_of_the_labels_is_not_called_wrongly_described(source: DataSource) -> None:
+    class Stubborn(Brightest):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) * 0 + 9 * torch.eye(3)[0, :, None, None]
+
+    found = checks.fit(asked(Stubborn()), source, checks.labelled_samples(source))
+    assert found.suspect is None
+    assert (found.miou or 0) <= found.constant + 1e-9
+
+
+def test_every_other_preprocessing_differs_and_leads_back() -> None:
+    usual = Preprocessing()
+    others = checks.other_preprocessings(usual)
+    assert len(others) == 4
+    assert usual not in others.values()
+    for other in others.values():
+        assert usual in checks.other_preprocessings(other).values()
+    assert len(checks.other_preprocessings(PLAIN)) == 2
