@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 @click.option(
     "--init", metavar="FILE", help="Weights to start from, as student.init of the run file; says which it took."
 )
+@click.option(
+    "--on-damage",
+    type=click.Choice(["fail", "skip"]),
+    help="Samples whose part of the cache is damaged: stop, or go on without the teacher's knowledge of them.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint as if nothing had happened.")
 @overwrite_option
 @run_options()
@@ -32,6 +37,7 @@ def train_student(
     output: str | None,
     no_distill: bool,
     init: str | None,
+    on_damage: Literal["fail", "skip"] | None,
     resume: bool,
     overwrite: bool,
     as_json: bool,
@@ -44,6 +50,8 @@ def train_student(
 
     if init is not None:
         run = replace(run, student=replace(run.the_student(), init=init))
+    if on_damage is not None:
+        run = replace(run, train=replace(run.train, on_damage=on_damage))
     config = click.get_current_context().params["config"]
     folder = output or str(Path("runs") / Path(config or "student.toml").stem)
     with resumable(f"Go on with --resume; checkpoints are in {folder}."):
@@ -53,4 +61,10 @@ def train_student(
     if best is not None:
         miou = best["scores"]["miou"]
         text += f", best at step {best['step']:,}: mIoU {'n/a' if miou is None else f'{miou:.2f}'} on role select"
+    if summary["damaged"]:
+        text += (
+            f"\n  without the teacher's knowledge of {len(summary['damaged']):,} samples that are damaged in "
+            f"{run.cache.path}: {', '.join(summary['damaged'][:10])}{' …' if len(summary['damaged']) > 10 else ''}; "
+            "segkd cache repair writes them again"
+        )
     show(summary, text, as_json=as_json)

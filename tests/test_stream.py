@@ -19,7 +19,8 @@ from segkd.pipeline.data.sample import Classes, Role, Sample
 from segkd.pipeline.data.stream import StreamConfig, TrainStream, loader
 from segkd.pipeline.data.transforms import AugmentConfig
 from segkd.pipeline.models.network import Preprocessing
-from segkd.storage.errors import CacheMismatchError, ConfigError, ContaminationError, DataError
+from segkd.storage.coding import Raw
+from segkd.storage.errors import CacheDamagedError, CacheMismatchError, ConfigError, ContaminationError, DataError
 from segkd.storage.geometry import Mapping, network_axis
 
 CLASSES = Classes(names=("a", "b"), palette=((0, 0, 0), (255, 255, 255)))
@@ -346,3 +347,67 @@ def test_bad_composition_says_what_to_do(arguments: dict[str, Any], message: str
     with pytest.raises(ConfigError) as error:
         make_stream(**arguments)
     assert str(error.value) == message
+
+
+@dataclass(frozen=True)
+class FakeTarget:
+    channels: int
+    coder: Raw = field(default_factory=Raw)
+
+
+class DamagedReader(FakeReader):
+    """What cannot be read: the row of ``train/1``, the tiles of ``train/2`` and ``auxiliary/0``."""
+
+    def __init__(self, source: FakeSource) -> None:
+        super().__init__(source)
+        self.spec.targets = {"soft": FakeTarget(2), "first_order": FakeTarget(1)}  # type: ignore[dict-item]
+
+    def entry(self, sample_id: str) -> FakeEntry:
+        if sample_id == "train/1":
+            raise CacheDamagedError("samples/c/0/0: lost")
+        return super().entry(sample_id)
+
+    def window(self, entry: FakeEntry, target: str, rows: range, columns: range) -> npt.NDArray[np.uint8]:
+        if entry.id in ("train/2", "auxiliary/0"):
+            raise CacheDamagedError("soft/c/0: lost")
+        return super().window(entry, target, rows, columns)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_crop_whose_knowledge_is_damaged_keeps_its_labels_and_counts_in_no_cell(workers: int) -> None:
+    source = make_source()
+    config = StreamConfig(labelled=2, auxiliary=3, on_damage="skip")
+    skipping = TrainStream(source, DamagedReader(source), ("soft", "first_order"), config, AUGMENT, Preprocessing())  # type: ignore[arg-type]
+    whole = make_stream(source)
+    lost = 0
+    for step, batch in enumerate(loader(skipping, 0, 8, workers)):
+        expected, draws = whole[step], whole.draws(step)
+        assert torch.equal(batch.images_N3HW, expected.images_N3HW)
+        assert torch.equal(batch.labels_NHW, expected.labels_NHW)
+        found, undamaged = batch.sources, expected.sources
+        assert found is not None
+        assert undamaged is not None
+        assert found.crop_S.tolist() == list(range(5))
+        damaged = [draw.sample.id in ("train/1", "train/2", "auxiliary/0") for draw in draws]
+        assert set(batch.damaged) == {draw.sample.id for draw, is_so in zip(draws, damaged, strict=True) if is_so}
+        for s in range(5):
+            counts, counts_first = found.counts_Shw[s], found.counts_first_Shw[s]
+            if damaged[s]:
+                assert not counts.any()
+                assert not counts_first.any()
+                lost += 1
+                continue
+            h, w = (min(sizes) for sizes in zip(counts.shape, undamaged.counts_Shw[s].shape, strict=True))
+            assert torch.equal(counts[:h, :w], undamaged.counts_Shw[s, :h, :w])
+            assert counts.sum() == undamaged.counts_Shw[s].sum()
+            assert torch.equal(found.codes["soft"][s, :, :h, :w].int(), undamaged.codes["soft"][s, :, :h, :w].int())
+    assert lost > 8
+
+
+def test_damage_is_not_skipped_unasked() -> None:
+    source = make_source()
+    with pytest.raises(CacheDamagedError, match=r"^samples/c/0/0: lost$"):
+        make_stream(source, DamagedReader(source))
+    few = make_stream(make_source(train=1, auxiliary=1), DamagedReader(source), labelled=1, auxiliary=1)
+    with pytest.raises(CacheDamagedError, match=r"^soft/c/0: lost$"):
+        few[0]

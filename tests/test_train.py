@@ -7,6 +7,7 @@ import logging
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from segkd.pipeline.student.train import TrainingStopped, train
 from segkd.pipeline.student.trainer import Trainer
 from segkd.pipeline.teacher.cache import teacher_cache
 from segkd.storage.errors import (
+    CacheDamagedError,
     CacheMismatchError,
     CheckpointError,
     ConfigError,
@@ -639,3 +641,34 @@ def test_settings_of_torch_hold_for_the_run_alone(monkeypatch: pytest.MonkeyPatc
     with torch_settings(TrainConfig(threads=before[0] + 1, deterministic=True)):
         assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == (before[0] + 1, True)
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+
+
+def damaged_copy(run: RunConfig, folder: Path) -> tuple[RunConfig, int]:
+    """The run with a copy of its cache whose first shard of soft targets is cut off, and how many samples it holds."""
+    cache = folder / "damaged.zarr"
+    shutil.copytree(run.cache.path, cache)
+    shard = min(path for path in cache.rglob("soft/c/**/*") if path.is_file())
+    shard.write_bytes(shard.read_bytes()[:-9])
+    return replace(run, cache=replace(run.cache, path=str(cache))), COUNTS["auxiliary"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_samples_are_skipped_when_asked_and_told_of_once(
+    run: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    damaged, lost = damaged_copy(change(run, workers=workers), tmp_path)
+    with pytest.raises(CacheDamagedError):
+        train(damaged, tmp_path / "out")
+    skipping = change(damaged, on_damage="skip")
+    with caplog.at_level(logging.WARNING):
+        summary = train(skipping, tmp_path / "out", resume=True)
+    assert len(summary["damaged"]) == lost
+    told = [line.getMessage() for line in caplog.records if "knowledge" in line.getMessage()]
+    assert sorted(line.split(":")[0] for line in told) == summary["damaged"]
+    lines = records(tmp_path / "out")
+    assert sorted(name for line in lines for name in line.get("damaged", {})) == summary["damaged"]
+    steps = [line for line in lines if "loss" in line]
+    assert steps[-1]["damaged_samples"] == lost
+    assert all(math.isfinite(line["loss"]) for line in steps)
+    again = train(skipping, tmp_path / "out", resume=True)
+    assert again["damaged"] == summary["damaged"]

@@ -9,7 +9,7 @@ Shapes: N crops of H,W pixels; S sources, each with a window of h,w teacher cell
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class Batch:
     """bool: whether the crop comes from a sample of role train."""
     sources: Sources | None
     """None when nothing is distilled."""
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    """Samples whose knowledge is left out because the cache is damaged there: id -> what is wrong."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with everything that the loss computes with on ``device``."""
@@ -62,4 +64,5 @@ class Batch:
             labels_NHW=self.labels_NHW.to(device, non_blocking=True),
             labelled_N=self.labelled_N.to(device, non_blocking=True),
             sources=sources,
+            damaged=self.damaged,
         )

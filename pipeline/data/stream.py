@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample, with_ro
 from segkd.pipeline.data.transforms import AugmentConfig, Crop, Window, window_of
 from segkd.pipeline.models.network import Preprocessing
 from segkd.pipeline.models.preprocessing import normalise
-from segkd.storage.errors import CacheMismatchError, ConfigError, ContaminationError, DataError
+from segkd.storage.errors import CacheDamagedError, CacheMismatchError, ConfigError, ContaminationError, DataError
 from segkd.storage.reader import CacheReader, Entry
 
 
@@ -36,6 +37,8 @@ class StreamConfig:
     """Samples of role auxiliary in a batch; their labels are never read."""
     seed: int = 0
     """Of the order and the augmentation."""
+    on_damage: Literal["fail", "skip"] = "fail"
+    """What is done about a crop whose part of the cache is damaged: raise, or leave the teacher's knowledge out."""
 
     def __post_init__(self) -> None:
         for name in ("labelled", "auxiliary", "seed"):
@@ -70,17 +73,20 @@ class _Item:
     labels: npt.NDArray[np.uint8]
     labelled: bool
     knowledge: _Knowledge | None
+    damage: str | None
+    """What is wrong with the cache's part of this crop, which is left out."""
 
 
 class TrainStream(Dataset[Batch]):
     """Training batches by step: ``stream[step]``, without end.
 
     Labelled and auxiliary samples come from two pools, each in a new order every epoch of its own. Samples of role
-    select or report are never drawn. With ``cache=None`` nothing is distilled and a batch has no sources.
+    select or report are never drawn. With ``cache=None`` nothing is distilled and a batch has no sources. Where damage
+    to the cache is skipped, a crop that it concerns has a source of which no cell counts.
 
     Raises ConfigError for a pool without samples and for auxiliary samples without a cache, CacheMismatchError where
     the cache is of other classes, targets, samples or images, and ContaminationError where a sample that is to be
-    learned from is one of role select or report in the cache.
+    learned from is one of role select or report in the cache. A batch raises CacheDamagedError unless that is skipped.
     """
 
     def __init__(
@@ -107,14 +113,15 @@ class TrainStream(Dataset[Batch]):
         self._auxiliary = _Pool(source, Role.AUXILIARY, stream.auxiliary, stream.seed)
         self._verified: set[str] = set()
         if cache is not None:
-            _check_cache(cache, source, targets, (*self._labelled.samples, *self._auxiliary.samples))
+            _check_cache(cache, source, targets, (*self._labelled.samples, *self._auxiliary.samples), stream.on_damage)
 
     def draws(self, step: int) -> tuple[Draw, ...]:
         """The crops of a batch in its order, labelled ones first."""
         return (*self._labelled.draws(step), *self._auxiliary.draws(step))
 
     def __getitem__(self, step: int) -> Batch:
-        items = [self._item(draw) for draw in self.draws(step)]
+        draws = self.draws(step)
+        items = [self._item(draw) for draw in draws]
         images_NHW3 = np.stack([item.image for item in items])
         images_N3HW = torch.from_numpy(np.ascontiguousarray(images_NHW3.transpose(0, 3, 1, 2)))
         return Batch(
@@ -122,6 +129,7 @@ class TrainStream(Dataset[Batch]):
             labels_NHW=torch.from_numpy(np.stack([item.labels for item in items])).long(),
             labelled_N=torch.tensor([item.labelled for item in items]),
             sources=_collate([item.knowledge for item in items if item.knowledge is not None], self._targets),
+            damaged={draw.sample.id: item.damage for draw, item in zip(draws, items, strict=True) if item.damage},
         )
 
     def _item(self, draw: Draw) -> _Item:
@@ -131,11 +139,13 @@ class TrainStream(Dataset[Batch]):
         image = self._source.image(sample)
         crop = Crop.draw(rng, image.shape[:2], self._augment)
         strength = self._augment.photometric if labelled else self._augment.auxiliary_photometric
+        knowledge, damage = self._knowledge_or_damage(sample, crop)
         return _Item(
             image=jitter(crop.image(image), rng, strength),
             labels=crop.labels(self._label_map(sample, crop)) if labelled else np.full(crop.size, IGNORE, np.uint8),
             labelled=labelled,
-            knowledge=None if self._cache is None else self._knowledge(self._cache, sample, crop),
+            knowledge=knowledge,
+            damage=damage,
         )
 
     def _label_map(self, sample: Sample, crop: Crop) -> npt.NDArray[np.uint8]:
@@ -146,6 +156,16 @@ class TrainStream(Dataset[Batch]):
                 "they must be of one size: segkd data check lists all such samples"
             )
         return labels
+
+    def _knowledge_or_damage(self, sample: Sample, crop: Crop) -> tuple[_Knowledge | None, str | None]:
+        if self._cache is None:
+            return None, None
+        try:
+            return self._knowledge(self._cache, sample, crop), None
+        except CacheDamagedError as error:
+            if self._config.on_damage == "fail":
+                raise
+            return _no_knowledge(self._cache, self._targets), str(error)
 
     def _knowledge(self, cache: CacheReader, sample: Sample, crop: Crop) -> _Knowledge:
         entry = cache.entry(sample.id)
@@ -210,7 +230,13 @@ class _Pool:
         return Draw(self.samples[self._order[1][position]], epoch)
 
 
-def _check_cache(cache: CacheReader, source: DataSource, targets: tuple[str, ...], samples: Sequence[Sample]) -> None:
+def _check_cache(
+    cache: CacheReader,
+    source: DataSource,
+    targets: tuple[str, ...],
+    samples: Sequence[Sample],
+    on_damage: Literal["fail", "skip"],
+) -> None:
     """Raises where the cache cannot serve these samples, or must not."""
     if cache.spec.classes != source.classes.names:
         raise CacheMismatchError(
@@ -224,7 +250,12 @@ def _check_cache(cache: CacheReader, source: DataSource, targets: tuple[str, ...
                 "write it again with that target, or give its loss the weight 0"
             )
     for sample in samples:
-        role = cache.entry(sample.id).role
+        try:
+            role = cache.entry(sample.id).role
+        except CacheDamagedError:
+            if on_damage == "fail":
+                raise
+            continue
         if role in (Role.SELECT, Role.REPORT):
             raise ContaminationError(
                 f"sample {sample.id} has role {sample.role} in the data but {role} in the cache, "
@@ -235,6 +266,17 @@ def _check_cache(cache: CacheReader, source: DataSource, targets: tuple[str, ...
                 f"sample {sample.id} has role {sample.role} in the data but {role} in the cache; "
                 "correct the lists of the data, or run segkd teacher-cache again"
             )
+
+
+def _no_knowledge(cache: CacheReader, targets: tuple[str, ...]) -> _Knowledge:
+    """One cell that does not count: a crop whose part of the cache is damaged is still a crop with a source."""
+    uncounted = np.zeros((1, 1), np.bool_)
+    specs = {name: cache.spec.targets[name] for name in targets}
+    return _Knowledge(
+        window=Window(range(1), range(1), np.array([[1.0, 0.0], [1.0, 0.0]]), uncounted, uncounted),
+        codes={name: np.zeros((spec.channels, 1, 1), spec.coder.dtype) for name, spec in specs.items()},
+        rungs=dict.fromkeys(targets, 0),
+    )
 
 
 def _collate(items: Sequence[_Knowledge], targets: tuple[str, ...]) -> Sources | None:

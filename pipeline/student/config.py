@@ -52,6 +52,9 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     tensorboard: bool = False
     """Whether the same numbers also go to TensorBoard files in the output folder."""
+    on_damage: Literal["fail", "skip"] = "fail"
+    """What is done about samples whose part of the cache is damaged: stop, or go on without the teacher's knowledge of
+    them; they are listed in metrics.jsonl."""
     workers: int = 0
     """Processes that prepare batches; 0 prepares them in the training process."""
     threads: int = 0

@@ -1,7 +1,7 @@
 """A run's output folder.
 
 ``run.json``           the resolved configuration and what it ran on
-``metrics.jsonl``      one JSON object a line: a logged step, or a validation
+``metrics.jsonl``      one JSON object a line: a logged step, a validation, or a sample that the cache has lost
 ``last.safetensors``   all that the run needs to go on
 ``best.safetensors``   the network that validated best, to use
 ``tensorboard/``       the same numbers for TensorBoard, where asked for

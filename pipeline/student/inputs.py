@@ -82,7 +82,9 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool) -> Inp
         _check_teacher(cache, run.teacher)
     if cache is not None and not loss.allow_unpromised:
         check_promise(cache.spec, loss, str(cache.path))
-    config = StreamConfig(labelled=train.labelled, auxiliary=train.auxiliary, seed=train.seed)
+    config = StreamConfig(
+        labelled=train.labelled, auxiliary=train.auxiliary, seed=train.seed, on_damage=train.on_damage
+    )
     stream = TrainStream(source, cache, targets, config, run.augment, student.preprocessing)
     weights = class_weights(source, train)
     return Inputs(source=source, cache=cache, loss=loss, stream=stream, select=select, class_weights=weights)

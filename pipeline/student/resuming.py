@@ -22,9 +22,10 @@ HARMLESS = (
     "train.log_every",
     "train.checkpoint_every",
     "train.tensorboard",
+    "train.on_damage",
 )
-"""What a resumed run may have otherwise: where things are and how fast it goes. What the cache holds is compared by its
-fingerprints, the data by the list of its samples."""
+"""What a resumed run may have otherwise: where things are, how fast it goes, whether damage stops it. What the
+cache holds is compared by its fingerprints, the data by the list of its samples."""
 
 
 def last_checkpoint(folder: RunFolder) -> tuple[Description, dict[str, Tensor]] | None:

@@ -135,10 +135,13 @@ class _Training:
         self._inputs, self._trainer, self._folder = inputs, trainer, folder
         self._state, self._stop, self._progress = state, stop, progress
         self._config = trainer.config
+        self._damaged: dict[str, str] = {}
 
     def run(self) -> dict[str, Any]:
         """All steps that are left."""
         config, first = self._config, self._state.step
+        for line in self._folder.records() if first else ():
+            self._damaged |= line.get("damaged", {}) if line["step"] <= first else {}
         if first < config.steps or self._validation_is_due():
             self._folder.open(_run_document(self._state, self._trainer), first)
             self._save()  # Before anything is computed: a disk that cannot be written to shows now.
@@ -153,6 +156,7 @@ class _Training:
             "steps": config.steps,
             "steps_done_before": first,
             "best": None if best is None else asdict(best),
+            "damaged": sorted(self._damaged),
         }
 
     def _take_steps(self, task: Task) -> None:
@@ -168,14 +172,25 @@ class _Training:
                 record = self._trainer.step(batch, index, measure=logs)
                 self._state = replace(self._state, step=done)
                 clock.stop()
+                self._note_damage(batch)
                 if logs:
-                    self._folder.log({"step": done, **record, "images_per_second": clock.rate()})
+                    damaged = {"damaged_samples": len(self._damaged)} if config.on_damage == "skip" else {}
+                    self._folder.log({"step": done, **record, **damaged, "images_per_second": clock.rate()})
                 task.advance(1, loss=f"{record['loss']:.3f}", **self._best_note())
                 self._stop_if_asked()
                 self._validate_if_due()
                 if done % config.checkpoint_every == 0 or done == config.steps:
                     self._save()
                 clock.start()
+
+    def _note_damage(self, batch: Batch) -> None:
+        """Tells once of each sample that the cache has lost, in the run's folder too, where a resumed run finds it."""
+        new = {sample: why for sample, why in batch.damaged.items() if sample not in self._damaged}
+        for sample, why in new.items():
+            logger.warning("%s: the teacher's knowledge of it is left out: %s", sample, why)
+        if new:
+            self._folder.log({"step": self._state.step, "damaged": new})
+            self._damaged |= new
 
     def _stop_if_asked(self) -> None:
         if self._stop.signal is not None:
