@@ -25,6 +25,10 @@ Array = Any
 """An array of any library with an array-API namespace: numpy or torch here."""
 
 
+EXACT = 255
+"""The rung of a sample that no rung serves: it is kept as float16 values, in an array of its own."""
+
+
 class Coder(Protocol):
     """How the values of one target are written. A frozen dataclass; its fields stand in the cache's specification."""
 

@@ -109,7 +109,6 @@ def plan_units(samples: Sequence[PlannedSample], *, unit_samples: int, tile: int
         shards=first_shard,
         unit_samples=unit_samples,
         shard_tiles=shard_tiles,
-        tile=tile,
         name_bytes=max(len(name.encode()) for name in names),
     )
     return Plan(samples=ordered, units=tuple(units), spec=spec)

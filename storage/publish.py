@@ -25,19 +25,25 @@ from typing import Any
 from segkd.storage.errors import CacheDamagedError, CacheError
 
 COMMITS = "commits"
+"""The folder of the commit records, in that of their generation."""
 SEAL = f"{COMMITS}/seal.json"
 ATTEMPTS = f"{COMMITS}/attempts"
-"""Where everything stands that is not yet part of the cache; it goes with the seal."""
+"""Where everything stands that is not yet part of the generation; it goes with the seal."""
 
 
 def record_name(unit: int) -> str:
-    """Where a unit's commit record stands in the cache."""
+    """Where a unit's commit record stands in its generation's folder."""
     return f"{COMMITS}/{unit:08d}.json"
 
 
 def canonical(document: Mapping[str, Any]) -> bytes:
     """JSON of which equal documents have equal bytes."""
-    return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
+    return (json.dumps(document, sort_keys=True, separators=(",", ":")) + "\n").encode()
+
+
+def signed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with its own SHA-256, so that damage to it can be told and located."""
+    return {**document, "sha256": hashlib.sha256(canonical(document)).hexdigest()}
 
 
 _NO_LINKS = "the file system refuses; it must support hard links"
@@ -71,6 +77,15 @@ def read_document(path: Path) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(path.read_bytes())
     except ValueError as error:
         raise CacheDamagedError(f"{path} cannot be read ({error}); restore the cache or write it again") from error
+    return document
+
+
+def read_signed(path: Path) -> dict[str, Any]:
+    """A commit record or a seal. Raises CacheDamagedError unless each of its bytes is as it was written."""
+    document = read_document(path)
+    expected = signed({name: value for name, value in document.items() if name != "sha256"})
+    if path.read_bytes() != canonical(expected):
+        raise CacheDamagedError(f"{path} cannot be read (its digest differs); restore the cache or write it again")
     return document
 
 
@@ -116,15 +131,16 @@ def create_whole(path: Path, content: bytes, scratch: Path) -> bool:
 
 
 class UnitPublisher:
-    """Publishes units into the cache folder ``root``."""
+    """Publishes units of one generation, whose folder is ``folder``, into the cache ``root``."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, folder: Path) -> None:
         self.root = root
-        self.attempts = root / ATTEMPTS
+        self.folder = folder
+        self.attempts = folder / ATTEMPTS
 
     def committed(self, unit: int) -> bool:
         """Whether the unit's commit record stands."""
-        return (self.root / record_name(unit)).exists()
+        return (self.folder / record_name(unit)).exists()
 
     def recover(self, unit: int) -> bool:
         """Finishes what an interrupted worker had decided; says whether the unit is committed now."""
@@ -133,14 +149,17 @@ class UnitPublisher:
                 self._promote(unit)
         return self.committed(unit)
 
-    def publish(self, unit: int, objects: Mapping[str, bytes], statistics: Mapping[str, Any], samples: int) -> bool:
-        """Commits a unit; False when another worker was first and its result stands."""
+    def publish(self, unit: int, objects: Mapping[str, bytes], content: Mapping[str, Any]) -> bool:
+        """Commits a unit; False when another worker was first and its result stands.
+
+        ``objects`` by their names in the generation's folder; ``content`` stands in the commit record beside them.
+        """
         if self.committed(unit):
             return False
         attempt = self.attempts / f"{unit:08d}-{uuid.uuid4().hex}"
         with explained(self.root):
             try:
-                return self._publish(unit, attempt, objects, statistics, samples)
+                return self._publish(unit, attempt, objects, content)
             except FileNotFoundError:
                 # Whoever sealed the cache meanwhile has cleared all attempts away, this one too.
                 if not self.committed(unit):
@@ -151,21 +170,17 @@ class UnitPublisher:
                 if decision is None or decision["attempt"] != attempt.name:
                     shutil.rmtree(attempt, ignore_errors=True)
 
-    def _publish(
-        self, unit: int, attempt: Path, objects: Mapping[str, bytes], statistics: Mapping[str, Any], samples: int
-    ) -> bool:
+    def _publish(self, unit: int, attempt: Path, objects: Mapping[str, bytes], content: Mapping[str, Any]) -> bool:
         attempt.mkdir(parents=True)
-        for number, content in enumerate(objects.values()):
-            write_synced(attempt / str(number), content)
+        for number, data in enumerate(objects.values()):
+            write_synced(attempt / str(number), data)
         sync_folder(attempt)
         record = {
+            **content,
             "unit": unit,
-            "samples": samples,
             "objects": {
-                name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-                for name, content in objects.items()
+                name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in objects.items()
             },
-            "statistics": statistics,
         }
         decision = {"attempt": attempt.name, "order": list(objects), "record": record}
         won = create_whole(self._winner(unit), canonical(decision), self.attempts)
@@ -180,10 +195,10 @@ class UnitPublisher:
     def seal(self, document: Mapping[str, Any]) -> None:
         """Writes the seal, unless it stands, and removes what interrupted attempts have left.
 
-        For a cache whose units are all committed.
+        For a generation whose units are all committed.
         """
         with explained(self.root):
-            create_whole(self.root / SEAL, canonical(document), self.attempts)
+            create_whole(self.folder / SEAL, canonical(signed(document)), self.attempts)
         shutil.rmtree(self.attempts, ignore_errors=True)
 
     def _winner(self, unit: int) -> Path:
@@ -204,7 +219,7 @@ class UnitPublisher:
         record, attempt = decision["record"], self.attempts / decision["attempt"]
         folders: set[Path] = set()
         for number, name in enumerate(decision["order"]):
-            place = self.root / name
+            place = self.folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
             # FileNotFoundError: another worker moved this object.
             with contextlib.suppress(FileNotFoundError):
@@ -217,6 +232,6 @@ class UnitPublisher:
             folders.update(folder for folder in place.parents if folder.is_relative_to(self.root))
         for folder in folders:
             sync_folder(folder)
-        create_whole(self.root / record_name(unit), canonical(record), self.attempts)
+        create_whole(self.folder / record_name(unit), canonical(signed(record)), self.attempts)
         self._winner(unit).unlink(missing_ok=True)
         shutil.rmtree(attempt, ignore_errors=True)

@@ -6,7 +6,6 @@ Shapes: codes channels,h,w of one window; values S,channels,h,w.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,29 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from segkd.storage.coding import Array
+from segkd.storage.coding import EXACT, Array
 from segkd.storage.errors import CacheDamagedError, CacheMismatchError, CacheNotFoundError, IncompleteCacheError
-from segkd.storage.geometry import Axis, Mapping
+from segkd.storage.generation import METADATA, SAMPLES, Generation, generations_of, read_spec, target_arrays
 from segkd.storage.layout import tile_shape
-from segkd.storage.publish import SEAL, read_document, record_name
+from segkd.storage.publish import read_signed
 from segkd.storage.spec import CacheSpec
 from segkd.storage.statistics import Statistics
-from segkd.storage.writer import SAMPLES, read_spec
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One sample of a cache."""
-
-    id: str
-    role: str
-    row: int
-    image_size: tuple[int, int]
-    mapping: Mapping
-    """Its cells in the pixels of the EXIF-upright image; all their centres lie in the image."""
-    first_tile: int
-    image_digest: bytes
-    rungs: dict[str, int]
+from segkd.storage.table import Entry, entry_of
 
 
 class CacheReader:
@@ -49,34 +33,40 @@ class CacheReader:
 
     def __init__(self, path: str | Path, *, partial: bool = False) -> None:
         self.path = Path(path)
-        if not (self.path / "zarr.json").exists():
+        if not (self.path / METADATA).exists():
             raise CacheNotFoundError(f"there is no cache at {self.path}; write one with segkd teacher-cache")
         self.spec: CacheSpec = read_spec(self.path)
-        self.sealed = (self.path / SEAL).exists()
-        if not self.sealed and not partial:
-            done, units = len(self.committed_units()), self.spec.plan.units
+        found = generations_of(self.path, self.spec)
+        self.sealed = bool(found) and all(generation.sealed for generation in found)
+        first_is_done = bool(found) and found[0].sealed
+        if not first_is_done and not partial:
+            done, units = (len(found[0].committed()), found[0].plan.units) if found else (0, "its")
             raise IncompleteCacheError(
                 f"{self.path} is not finished: {done} of {units} units are written; "
                 "run segkd teacher-cache again to finish it"
             )
+        self.generations: list[Generation] = []
+        for generation in found:
+            if not generation.sealed and not partial:
+                break
+            self.generations.append(generation)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("path", "spec", "sealed")
+        kept = ("path", "spec", "sealed", "generations")
         return {name: value for name, value in vars(self).items() if name in kept}
-
-    def committed_units(self) -> list[int]:
-        """The numbers of the units that are written."""
-        return [unit for unit in range(self.spec.plan.units) if (self.path / record_name(unit)).exists()]
 
     def records(self) -> list[dict[str, Any]]:
         """The commit records, in the order of units. Raises CacheDamagedError where a finished cache has lost one."""
-        done, units = self.committed_units(), self.spec.plan.units
-        if self.sealed and len(done) < units:
-            raise CacheDamagedError(
-                f"{self.path} was finished and has lost {units - len(done)} of its {units} commit records; "
-                "run segkd teacher-cache again to write those units"
-            )
-        return [read_document(self.path / record_name(unit)) for unit in done]
+        records = []
+        for generation in self.generations:
+            done, units = generation.committed(), generation.plan.units
+            if generation.sealed and len(done) < units:
+                raise CacheDamagedError(
+                    f"{self.path} was finished and has lost {units - len(done)} of its {units} commit records; "
+                    "run segkd teacher-cache again to write those units"
+                )
+            records += [{"generation": generation.number, **read_signed(generation.record_path(k))} for k in done]
+        return records
 
     def statistics(self) -> Statistics:
         """What the coding of all written units has cost."""
@@ -104,13 +94,15 @@ class CacheReader:
 
         Only the tiles that the window overlaps are read. Raises CacheDamagedError for one that is lost or damaged.
         """
-        spec, tile = self.spec.targets[target], self.spec.plan.tile
+        spec, tile = self.spec.targets[target], self.spec.tile
         across = tile_shape(entry.mapping.shape, tile)[1]
-        codes = np.empty((spec.channels, len(rows), len(columns)), spec.coder.dtype)
+        exact = entry.rungs[target] == EXACT
+        array = f"{target}_exact" if exact else target
+        codes = np.empty((spec.channels, len(rows), len(columns)), np.float16 if exact else spec.coder.dtype)
         for tile_row, in_rows, out_rows in _overlaps(rows, tile):
             for tile_column, in_columns, out_columns in _overlaps(columns, tile):
                 number = entry.first_tile + tile_row * across + tile_column
-                codes[:, out_rows, out_columns] = self._read(target, number)[:, in_rows, in_columns]
+                codes[:, out_rows, out_columns] = self._read((entry.generation, array), number)[:, in_rows, in_columns]
         return codes
 
     def decode(self, target: str, codes_SChw: Array, rungs_S: Array) -> Array:
@@ -124,11 +116,11 @@ class CacheReader:
         decoded: npt.NDArray[np.float32] = self.decode(target, codes[None], np.asarray([entry.rungs[target]]))[0]
         return decoded
 
-    def _read(self, name: str, first: int, stop: int | None = None) -> npt.NDArray[Any]:
+    def _read(self, place: tuple[int, str], first: int, stop: int | None = None) -> npt.NDArray[Any]:
         """One tile of a target's array, or a unit's rows ``first`` to ``stop`` of the table: part of a single file."""
-        array = self._arrays[name]
+        array, folder = self._arrays[place], self.generations[place[0]].array_folder(place[1])
         rows = (array.shards or array.chunks)[0]
-        file = self.path / name / array.metadata.encode_chunk_key((first // rows, *(0 for _ in array.shape[1:])))
+        file = folder / array.metadata.encode_chunk_key((first // rows, *(0 for _ in array.shape[1:])))
         try:
             if not file.exists():  # which zarr would read as zeros
                 raise FileNotFoundError("its file is lost")
@@ -137,23 +129,27 @@ class CacheReader:
             raise CacheDamagedError(f"{file} cannot be read ({error}); restore the cache or write it again") from error
 
     @cached_property
-    def _arrays(self) -> dict[str, zarr.Array[Any]]:
-        group = zarr.open_group(self.path, mode="r", zarr_format=3)
-        arrays = {}
-        for name in (*self.spec.targets, SAMPLES):
-            array = group[name]
-            assert isinstance(array, zarr.Array)
-            arrays[name] = array
-        return arrays
+    def _arrays(self) -> dict[tuple[int, str], zarr.Array[Any]]:
+        return {
+            (generation.number, name): zarr.open_array(generation.array_folder(name), mode="r", zarr_format=3)
+            for generation in self.generations
+            for name in (*target_arrays(self.spec), SAMPLES)
+        }
 
     @cached_property
     def _entries(self) -> dict[str, Entry]:
-        entries = {}
+        entries: dict[str, Entry] = {}
+        last = -1
         for record in self.records():
-            first = record["unit"] * self.spec.plan.unit_samples
-            packed = np.ascontiguousarray(self._read(SAMPLES, first, first + record["samples"]))
-            for row, fields in enumerate(packed.view(self.spec.row_dtype())[:, 0], first):
-                entry = _entry(row, fields, self.spec.targets)
+            generation = self.generations[record["generation"]]
+            if generation.number != last:
+                last = generation.number
+                for name in generation.removed:
+                    entries.pop(name, None)
+            first = record["unit"] * generation.plan.unit_samples
+            packed = np.ascontiguousarray(self._read((last, SAMPLES), first, first + record["samples"]))
+            for number, row in enumerate(packed.view(generation.row_dtype())[:, 0], first):
+                entry = entry_of(row, self.spec, generation=last, unit=record["unit"], number=number)
                 entries[entry.id] = entry
         return entries
 
@@ -169,19 +165,3 @@ def _overlaps(cells: range, tile: int) -> Iterable[tuple[int, slice, slice]]:
             slice(start - number * tile, stop - number * tile),
             slice(start - cells.start, stop - cells.start),
         )
-
-
-def _entry(row: int, fields: np.void, targets: Iterable[str]) -> Entry:
-    return Entry(
-        id=fields["id"].decode(),
-        role=fields["role"].decode(),
-        row=row,
-        image_size=(int(fields["height"]), int(fields["width"])),
-        mapping=Mapping(
-            Axis(float(fields["scale_y"]), float(fields["offset_y"]), int(fields["grid_height"])),
-            Axis(float(fields["scale_x"]), float(fields["offset_x"]), int(fields["grid_width"])),
-        ),
-        first_tile=int(fields["first_tile"]),
-        image_digest=fields["image_digest"].tobytes(),
-        rungs={name: int(fields[f"rung_{name}"]) for name in targets},
-    )

@@ -1,4 +1,4 @@
-"""What a cache holds: the one description that its root metadata carries, as JSON both ways.
+"""What a cache holds: the descriptions that its metadata carry, as JSON both ways.
 
 Two caches with equal specifications and equal inputs are equal. Nothing here tells who wrote a cache, where or when.
 """
@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from segkd.storage.coding import Coder, coder_from_dict, coder_to_dict
 from segkd.storage.errors import CacheMismatchError
 
-FORMAT = "0.1"
-"""Version of the layout on disk. A 0.x cache is read by the release that wrote it and by no other."""
+FORMAT = "1.0"
+"""Version of the layout on disk. Every 1.x reads every 1.y: a minor version only adds what others may ignore."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,29 +25,45 @@ class TargetSpec:
     channels: int
     coder: Coder
     bound: float
-    """The coding error that each sample keeps; in the unit of the target's first measure."""
-    parameters: Mapping[str, float | str]
+    """What each of the ``bounded`` measures of a sample may be at most."""
+    measures: tuple[str, ...]
+    """What is measured of each sample, one column of the sample table each; the first is the one the bound is about."""
+    bounded: tuple[str, ...]
+    """The measures that the bound covers."""
+    parameters: Mapping[str, Any]
     """What the values depend on besides the teacher's output, such as the first-order map's features."""
+    fallback: bool = False
+    """Whether samples that no rung serves are kept in float16, in an array ``<name>_exact`` of their own."""
+    codec: str = "zstd"
+    """How a tile's codes become bytes: see :mod:`segkd.storage.generation`."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON keeps it."""
         return {
-            "name": self.name,
-            "channels": self.channels,
+            **vars(self),
             "coder": coder_to_dict(self.coder),
-            "bound": self.bound,
+            "measures": list(self.measures),
+            "bounded": list(self.bounded),
             "parameters": dict(self.parameters),
         }
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> TargetSpec:
-        """The inverse of :meth:`to_dict`."""
-        return cls(**{**table, "coder": coder_from_dict(dict(table["coder"]))})
+        """The inverse of :meth:`to_dict`; keys that a newer minor version has added are left aside."""
+        fields = _known(cls, table)
+        return cls(
+            **{
+                **fields,
+                "coder": coder_from_dict(dict(table["coder"])),
+                "measures": tuple(table["measures"]),
+                "bounded": tuple(table["bounded"]),
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSpec:
-    """The unit plan in numbers; the plan itself is a pure function of the sample list, whose digest stands here."""
+    """A generation's unit plan in numbers; the plan itself is a pure function of the sample list with this digest."""
 
     digest: str
     """SHA-256 of the sorted list of samples: role, id, image size, grid and mapping."""
@@ -62,8 +76,6 @@ class PlanSpec:
     """Rows of a unit in the sample table; at most so many samples are lost with a worker."""
     shard_tiles: int
     """Tiles of a shard."""
-    tile: int
-    """Side of a tile in cells."""
     name_bytes: int
     """Room for a sample's id in the sample table."""
 
@@ -71,14 +83,20 @@ class PlanSpec:
         """As JSON keeps it."""
         return {**vars(self), "roles": dict(self.roles)}
 
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> PlanSpec:
+        """The inverse of :meth:`to_dict`; keys that a newer minor version has added are left aside."""
+        return cls(**_known(cls, table))
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
-    """Everything that determines a cache's content."""
+    """Everything that determines what a cache keeps of a sample, whatever the samples are."""
 
     classes: tuple[str, ...]
     targets: Mapping[str, TargetSpec]
-    plan: PlanSpec
+    tile: int
+    """Side of a tile in cells."""
     fingerprints: Mapping[str, str]
     """Digests of teacher (reference, arguments, weights), preprocessing, classes and coding."""
     teacher: Mapping[str, Any]
@@ -90,46 +108,26 @@ class CacheSpec:
             "format": FORMAT,
             "classes": list(self.classes),
             "targets": [target.to_dict() for target in self.targets.values()],
-            "plan": self.plan.to_dict(),
+            "tile": self.tile,
             "fingerprints": dict(self.fingerprints),
             "teacher": dict(self.teacher),
         }
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any], where: str) -> CacheSpec:
-        """The inverse of :meth:`to_dict`; ``where`` names the cache in messages. Raises CacheMismatchError."""
-        found = table.get("format")
-        if found != FORMAT:
-            raise CacheMismatchError(
-                f"{where} has cache format {found}, this version of segkd reads {FORMAT}; "
-                "write it again with segkd teacher-cache, or use the version of segkd that wrote it"
-            )
+        """The inverse of :meth:`to_dict`; ``where`` names the cache in messages.
+
+        Raises CacheMismatchError for a 0.x cache and for one of a newer major version; a newer minor version is read.
+        """
+        _require_readable(str(table.get("format")), where)
         targets = [TargetSpec.from_dict(target) for target in table["targets"]]
         return cls(
             classes=tuple(table["classes"]),
             targets={target.name: target for target in targets},
-            plan=PlanSpec(**table["plan"]),
+            tile=table["tile"],
             fingerprints=table["fingerprints"],
             teacher=table["teacher"],
         )
-
-    def row_dtype(self) -> np.dtype[Any]:
-        """One row of the sample table, packed, little-endian; ``docs/format.md`` explains the fields."""
-        fields: list[tuple[Any, ...]] = [
-            ("id", f"S{self.plan.name_bytes}"),
-            ("role", "S9"),
-            ("height", "<i4"),
-            ("width", "<i4"),
-            ("grid_height", "<i4"),
-            ("grid_width", "<i4"),
-            ("scale_y", "<f8"),
-            ("offset_y", "<f8"),
-            ("scale_x", "<f8"),
-            ("offset_x", "<f8"),
-            ("first_tile", "<i8"),
-            ("image_digest", "u1", (32,)),
-        ]
-        return np.dtype([*fields, *((f"rung_{name}", "u1") for name in self.targets)])
 
 
 def require_equal(expected: CacheSpec, found: CacheSpec, where: str) -> None:
@@ -138,12 +136,27 @@ def require_equal(expected: CacheSpec, found: CacheSpec, where: str) -> None:
     if expected.classes != found.classes:
         counts = f"{len(found.classes)} in the cache, {len(expected.classes)} asked for"
         differing = [f"classes ({counts})", *(name for name in differing if name != "classes")]
-    if expected.plan.digest != found.plan.digest:
-        differing.append("list of samples")
-    elif expected.plan != found.plan:
-        differing.append("unit plan")
+    if expected.tile != found.tile:
+        differing.append(f"tile ({found.tile} in the cache, {expected.tile} asked for)")
     if differing or json.dumps(expected.to_dict(), sort_keys=True) != json.dumps(found.to_dict(), sort_keys=True):
         raise CacheMismatchError(
             f"{where} was written with another {', '.join(dict.fromkeys(differing)) or 'description'}; "
             "give this run another cache path, or remove the old cache"
         )
+
+
+def _require_readable(found: str, where: str) -> None:
+    if found.startswith("0."):
+        raise CacheMismatchError(
+            f"{where} has cache format {found}, which was not promised to last; this version of segkd reads "
+            f"{FORMAT}: remove it and write it again with segkd teacher-cache"
+        )
+    if found.split(".")[0] != FORMAT.split(".")[0]:
+        raise CacheMismatchError(
+            f"{where} has cache format {found}, this version of segkd reads {FORMAT}; "
+            "install a newer one: pip install --upgrade segkd"
+        )
+
+
+def _known(kind: type[Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if name in kind.__dataclass_fields__}

@@ -11,6 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from segkd.storage.spec import CacheSpec
+
 UNIT = 1e-12
 """Fixed-point unit of the sums and maxima."""
 BINS = 64
@@ -75,6 +80,22 @@ class Statistics:
     measures: dict[str, dict[str, Measure]] = field(default_factory=dict)
     rungs: dict[str, dict[int, int]] = field(default_factory=dict)
     over_bound: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: npt.NDArray[Any], spec: CacheSpec) -> Statistics:
+        """The statistics of rows of the sample table; nothing else decides them, so they can be made again."""
+        statistics = cls()
+        for target in spec.targets.values():
+            bound = np.float32(target.bound)  # as the rows are: rounding keeps what is within it within it
+            for row in rows:
+                values = {measure: row[f"{target.name}_{measure}"] for measure in target.measures}
+                statistics.add(
+                    target.name,
+                    int(row[f"rung_{target.name}"]),
+                    {measure: float(value) for measure, value in values.items()},
+                    within_bound=all(values[measure] <= bound for measure in target.bounded),
+                )
+        return statistics
 
     def add(self, target: str, rung: int, values: Mapping[str, float], *, within_bound: bool) -> None:
         """Counts one sample of one target."""

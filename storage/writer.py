@@ -1,4 +1,4 @@
-"""Writes a cache unit by unit.
+"""Writes a generation of a cache unit by unit.
 
 Shapes: codes channels,h,w of one sample; tiles channels,t,t.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +16,46 @@ import numpy.typing as npt
 import zarr
 from zarr.abc.buffer import Buffer as AnyBuffer
 from zarr.buffer.cpu import Buffer
-from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
-from segkd.storage.errors import CacheExistsError, CacheMismatchError
-from segkd.storage.layout import Plan, PlannedSample, Unit, tile_shape
-from segkd.storage.publish import COMMITS, UnitPublisher, create_whole, explained, read_document, record_name
+from segkd.storage.coding import EXACT
+from segkd.storage.errors import CacheError, CacheExistsError, CacheMismatchError
+from segkd.storage.generation import (
+    GENERATIONS,
+    METADATA,
+    SAMPLES,
+    Generation,
+    always_written,
+    generation_documents,
+    read_spec,
+    root_documents,
+    target_arrays,
+)
+from segkd.storage.layout import Plan, Unit, tile_shape
+from segkd.storage.publish import UnitPublisher, create_whole, explained, read_document, read_signed
 from segkd.storage.spec import CacheSpec, require_equal
 from segkd.storage.statistics import Statistics
-
-SAMPLES = "samples"
-ZSTD_LEVEL = 9
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodedSample:
-    """What a unit's owner hands over for one sample."""
-
-    image_digest: bytes
-    codes: Mapping[str, npt.NDArray[Any]]
-    """Per target its codes, channels,h,w."""
-    rungs: Mapping[str, int]
+from segkd.storage.table import CodedSample, as_bytes, fill_row
 
 
 class CacheWriter:
-    """Creates the cache at ``path``, or continues it when it has the same specification.
+    """Creates a generation of the cache at ``path``, or continues it when it has the same specification and plan.
 
-    Raises CacheExistsError for something else at ``path``, CacheMismatchError for a cache of another specification.
+    ``removed``: ids of entries of earlier generations that this one removes or replaces.
+
+    Raises CacheExistsError for something else at ``path``, CacheMismatchError for a cache of another specification or
+    a generation of another list of samples, CacheError for a new generation upon one that is not finished.
     """
 
-    def __init__(self, path: str | Path, spec: CacheSpec, plan: Plan) -> None:
+    def __init__(
+        self, path: str | Path, spec: CacheSpec, plan: Plan, *, generation: int = 0, removed: Sequence[str] = ()
+    ) -> None:
         self.root = Path(path)
         self.spec = spec
         self.plan = plan
-        self.publisher = UnitPublisher(self.root)
-        self._metadata = _metadata_documents(spec)
+        self.generation = Generation(self.root, spec, generation, plan.spec)
+        self.publisher = UnitPublisher(self.root, self.generation.folder)
+        self._documents = generation_documents(spec, plan, generation, removed)
         with explained(self.root):
             self._create_or_compare()
 
@@ -59,63 +63,103 @@ class CacheWriter:
         """The units that are not committed, after finishing those that an interrupted run had decided."""
         return [unit for unit in self.plan.units if not self.publisher.recover(unit.number)]
 
-    def write(self, unit: Unit, coded: Sequence[CodedSample], statistics: Statistics) -> int | None:
+    def write(self, unit: Unit, coded: Sequence[CodedSample]) -> int | None:
         """Commits a unit; its bytes, or None when another worker committed it first."""
-        objects = self._encode(unit, coded)
-        if self.publisher.publish(unit.number, objects, statistics.to_dict(), unit.samples):
+        rows = self._rows(unit, coded)
+        objects = self._encode(unit, coded, rows)
+        planned = self.plan.of(unit)
+        content = {
+            "role": unit.role,
+            "samples": unit.samples,
+            "pixels": sum(sample.image_size[0] * sample.image_size[1] for sample in planned),
+            "cells": sum(sample.mapping.shape[0] * sample.mapping.shape[1] for sample in planned),
+            "statistics": Statistics.of(rows[: unit.samples], self.spec).to_dict(),
+        }
+        if self.publisher.publish(unit.number, objects, content):
             return sum(map(len, objects.values()))
         return None
 
     def seal(self) -> bool:
-        """Writes the seal when every unit is committed; says whether the cache is sealed now.
+        """Writes the seal when every unit is committed; says whether the generation is sealed now.
 
-        The seal is a pure function of the commit records and the metadata, so it does not matter who writes it.
+        The seal is a pure function of the commit records and the metadata, so it does not matter who writes it. A
+        generation is sealed after the one before it.
         """
+        number = self.generation.number
+        if number and not Generation.open(self.root, self.spec, number - 1).sealed:
+            return False
         if not all(self.publisher.committed(unit.number) for unit in self.plan.units):
             return False
-        self.publisher.seal(seal_document(self.root, self.spec))
+        self.publisher.seal(seal_document(self.generation))
         return True
 
     def _create_or_compare(self) -> None:
-        root_document = self.root / "zarr.json"
-        if self.root.exists() and not root_document.exists() and self._foreign():
+        if self.root.exists() and not (self.root / METADATA).exists() and self._foreign():
             raise CacheExistsError(f"{self.root} exists and is not a cache; choose another path or remove it")
-        if root_document.exists():
+        if (self.root / METADATA).exists():
             require_equal(self.spec, read_spec(self.root), str(self.root))
-        # The root's metadata comes last: without it there is no cache.
-        for name in sorted(self._metadata, key=lambda name: name == "zarr.json"):
-            create_whole(self.root / name, self._metadata[name], self.publisher.attempts)
-        require_equal(self.spec, read_spec(self.root), str(self.root))
-        for name, content in self._metadata.items():
-            if read_document(self.root / name) != json.loads(content):
+        if self.generation.number:
+            self._require_begun_upon_a_finished_one()
+        # The specification and the plan come first: whoever creates them decides what all the others must be.
+        for folder, documents in ((self.root, root_documents(self.spec)), (self.generation.folder, self._documents)):
+            for name, content in documents.items():
+                if not create_whole(folder / name, content, self.publisher.attempts):
+                    self._compare(folder / name, content)
+
+    def _compare(self, path: Path, content: bytes) -> None:
+        if path.read_bytes() == content:
+            return
+        if path == self.root / METADATA:
+            require_equal(self.spec, read_spec(self.root), str(self.root))
+        if path == self.generation.folder / METADATA:
+            found = Generation.open(self.root, self.spec, self.generation.number).plan
+            if found != self.plan.spec:
+                what = "unit plan" if found.digest == self.plan.spec.digest else "list of samples"
                 raise CacheMismatchError(
-                    f"{self.root / name} differs from what this version of segkd and zarr {zarr.__version__} writes; "
-                    "continue the cache with the versions that began it, or write a new one"
+                    f"{self.root} was written with another {what}; "
+                    "give this run another cache path, or remove the old cache"
                 )
+        if path.name != METADATA or read_document(path) != json.loads(content):
+            raise CacheMismatchError(
+                f"{path} differs from what this version of segkd and zarr {zarr.__version__} writes; "
+                "continue the cache with the versions that began it, or write a new one"
+            )
+
+    def _require_begun_upon_a_finished_one(self) -> None:
+        if (self.generation.folder / METADATA).exists():
+            return
+        before = self.root / GENERATIONS / str(self.generation.number - 1)
+        if not (before / METADATA).exists() or not Generation.open(self.root, self.spec, int(before.name)).sealed:
+            raise CacheError(
+                f"{self.root} cannot be added to: its generation {before.name} is not finished; "
+                "run segkd teacher-cache with the list that began it first"
+            )
 
     def _foreign(self) -> bool:
         if not self.root.is_dir():
             return True
-        expected = {name.split("/")[0] for name in self._metadata}
-        return any(entry.name not in expected and not entry.name.startswith(".") for entry in self.root.iterdir())
+        return any(entry.name != GENERATIONS and not entry.name.startswith(".") for entry in self.root.iterdir())
 
-    def _encode(self, unit: Unit, coded: Sequence[CodedSample]) -> dict[str, bytes]:
-        """The unit's objects by their names in the cache, as zarr writes them."""
-        objects: dict[str, AnyBuffer] = {name: Buffer.from_bytes(content) for name, content in self._metadata.items()}
+    def _rows(self, unit: Unit, coded: Sequence[CodedSample]) -> npt.NDArray[Any]:
+        """The unit's chunk of the sample table, zero beyond its samples."""
+        rows = np.zeros(self.plan.spec.unit_samples, self.generation.row_dtype())
+        for row, sample, result, first in zip(rows, self.plan.of(unit), coded, unit.first_tiles, strict=False):
+            fill_row(row, self.spec, sample, result, first)
+        return rows
+
+    def _encode(self, unit: Unit, coded: Sequence[CodedSample], rows: npt.NDArray[Any]) -> dict[str, bytes]:
+        """The unit's objects by their names in the generation's folder, as zarr writes them."""
+        objects: dict[str, AnyBuffer] = {name: Buffer.from_bytes(content) for name, content in self._documents.items()}
         group = zarr.open_group(MemoryStore(objects), mode="r+", zarr_format=3)
-        planned = self.plan.of(unit)
-        first = unit.first_tiles[0]
-        for name, target in self.spec.targets.items():
-            tiles = np.concatenate(
-                [cut_into_tiles(sample.codes[name], self.plan.spec.tile, target.coder.dtype) for sample in coded]
-            )
-            _array(group, name)[first : first + len(tiles)] = tiles
-        rows = np.zeros(self.plan.spec.unit_samples, self.spec.row_dtype())
-        for row, sample, result, first_tile in zip(rows, planned, coded, unit.first_tiles, strict=False):
-            _fill_row(row, sample, result, first_tile)
+        for name, (target, exact) in target_arrays(self.spec).items():
+            array = _array(group, name)
+            for first, sample in zip(unit.first_tiles, coded, strict=True):
+                if (sample.rungs[target] == EXACT) == exact:
+                    tiles = cut_into_tiles(sample.codes[target], self.spec.tile, array.dtype)
+                    array[first : first + len(tiles)] = tiles
         start = unit.first_row(self.plan.spec)
-        _array(group, SAMPLES)[start : start + len(rows)] = rows.view(np.uint8).reshape(len(rows), -1)
-        return {name: content.to_bytes() for name, content in objects.items() if name not in self._metadata}
+        _array(group, SAMPLES)[start : start + len(rows)] = as_bytes(rows)
+        return {name: content.to_bytes() for name, content in objects.items() if name not in self._documents}
 
 
 def cut_into_tiles(codes: npt.NDArray[Any], tile: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -128,83 +172,36 @@ def cut_into_tiles(codes: npt.NDArray[Any], tile: int, dtype: np.dtype[Any]) -> 
     return split.transpose(1, 3, 0, 2, 4).reshape(rows * columns, channels, tile, tile)
 
 
-def read_spec(root: Path) -> CacheSpec:
-    """The specification in a cache's root metadata. Raises CacheMismatchError for another format."""
-    document = read_document(root / "zarr.json")
-    attributes = document.get("attributes", {})
-    if "segkd" not in attributes:
-        raise CacheExistsError(f"{root} is a Zarr group but not a segkd cache; choose another path")
-    return CacheSpec.from_dict(attributes["segkd"], str(root))
-
-
-def seal_document(root: Path, spec: CacheSpec) -> dict[str, Any]:
-    """The seal of a cache whose units are all committed."""
-    statistics, bytes_ = Statistics(), 0
-    commits = hashlib.sha256()
-    for unit in range(spec.plan.units):
-        content = (root / record_name(unit)).read_bytes()
-        commits.update(content)
-        record = json.loads(content)
+def seal_document(generation: Generation) -> dict[str, Any]:
+    """The seal of a generation whose units are all committed."""
+    statistics, commits = Statistics(), hashlib.sha256()
+    totals = dict.fromkeys(("bytes", "samples", "pixels", "cells"), 0)
+    for unit in range(generation.plan.units):
+        path = generation.record_path(unit)
+        record = read_signed(path)
+        commits.update(path.read_bytes())
         statistics.merge(Statistics.from_dict(record["statistics"]))
-        bytes_ += sum(entry["bytes"] for entry in record["objects"].values())
-    metadata = {
-        name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in sorted(_metadata_documents(spec))
-    }
+        for name in ("samples", "pixels", "cells"):
+            totals[name] += record[name]
+        totals["bytes"] += sum(entry["bytes"] for entry in record["objects"].values())
+    number = generation.number
+    before = Generation.open(generation.root, generation.spec, number - 1).seal_path if number else None
     return {
-        "units": spec.plan.units,
-        "bytes": bytes_,
+        "generation": number,
+        "units": generation.plan.units,
+        "roles": dict(generation.plan.roles),
+        **totals,
         "commits_sha256": commits.hexdigest(),
-        "metadata_sha256": metadata,
+        "metadata_sha256": {
+            name: hashlib.sha256((generation.root / name).read_bytes()).hexdigest()
+            for name in generation.metadata_names()
+        },
+        "previous_sha256": None if before is None else read_signed(before)["sha256"],
         "statistics": statistics.to_dict(),
     }
 
 
-def _metadata_documents(spec: CacheSpec) -> dict[str, bytes]:
-    """Every metadata file of the cache by its name, as zarr writes it."""
-    documents: dict[str, AnyBuffer] = {}
-    group = zarr.create_group(MemoryStore(documents), zarr_format=3, attributes={"segkd": spec.to_dict()})
-    group.create_group(COMMITS)
-    plan = spec.plan
-    for target in spec.targets.values():
-        group.create_array(
-            target.name,
-            shape=(plan.shards * plan.shard_tiles, target.channels, plan.tile, plan.tile),
-            shards=(plan.shard_tiles, target.channels, plan.tile, plan.tile),
-            chunks=(1, target.channels, plan.tile, plan.tile),
-            dtype=target.coder.dtype,
-            compressors=ZstdCodec(level=ZSTD_LEVEL, checksum=True),
-            filters=None,
-            fill_value=0,
-            dimension_names=("tile", "channel", "cell_y", "cell_x"),
-        )
-    group.create_array(
-        SAMPLES,
-        shape=(plan.units * plan.unit_samples, spec.row_dtype().itemsize),
-        chunks=(plan.unit_samples, spec.row_dtype().itemsize),
-        dtype=np.uint8,
-        compressors=ZstdCodec(level=ZSTD_LEVEL, checksum=True),
-        filters=None,
-        fill_value=0,
-        dimension_names=("row", "byte"),
-    )
-    return {name: content.to_bytes() for name, content in documents.items()}
-
-
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """An array of the group that writes every chunk, constant ones too: else a lost chunk and a flat one look alike."""
     array = group[name]
     assert isinstance(array, zarr.Array)
-    return array.with_config({"write_empty_chunks": True})
-
-
-def _fill_row(row: np.void, sample: PlannedSample, coded: CodedSample, first_tile: int) -> None:
-    mapping = sample.mapping
-    row["id"], row["role"] = sample.id.encode(), sample.role.encode()
-    row["height"], row["width"] = sample.image_size
-    row["grid_height"], row["grid_width"] = mapping.shape
-    row["scale_y"], row["offset_y"] = mapping.y.scale, mapping.y.offset
-    row["scale_x"], row["offset_x"] = mapping.x.scale, mapping.x.offset
-    row["first_tile"] = first_tile
-    row["image_digest"] = np.frombuffer(coded.image_digest, np.uint8)
-    for name, rung in coded.rungs.items():
-        row[f"rung_{name}"] = rung
+    return always_written(array)

@@ -32,14 +32,17 @@ from segkd.storage.errors import (
     CacheNotFoundError,
     IncompleteCacheError,
 )
+from segkd.storage.generation import read_spec
 from segkd.storage.geometry import Mapping, network_axis
 from segkd.storage.layout import Plan, PlannedSample, plan_units, tile_shape
 from segkd.storage.reader import CacheReader
-from segkd.storage.spec import CacheSpec, TargetSpec
-from segkd.storage.statistics import Measure, Statistics
-from segkd.storage.writer import CacheWriter, CodedSample, cut_into_tiles
+from segkd.storage.spec import CacheSpec, TargetSpec, require_equal
+from segkd.storage.statistics import Measure
+from segkd.storage.table import CodedSample
+from segkd.storage.writer import CacheWriter, cut_into_tiles
 
 TILE = 8
+GENERATION = "generations/0"
 SIZES = ((30, 50), (64, 64), (9, 100), (120, 33), (8, 8), (64, 64), (200, 200))
 
 
@@ -53,16 +56,26 @@ def small_plan(unit_samples: int = 2) -> Plan:
     return plan_units(samples, unit_samples=unit_samples, tile=TILE)
 
 
-def spec_for(plan: Plan, **changes: str) -> CacheSpec:
+def spec_for(**changes: str) -> CacheSpec:
     targets = {
-        "soft": TargetSpec(name="soft", channels=3, coder=CompandedDistribution(), bound=1e-3, parameters={}),
-        "ramps": TargetSpec(name="ramps", channels=2, coder=Raw(), bound=0.0, parameters={}),
+        "soft": TargetSpec(
+            name="soft",
+            channels=3,
+            coder=CompandedDistribution(),
+            bound=1e-3,
+            measures=("kl", "changed"),
+            bounded=("kl",),
+            parameters={"temperatures": [1.0]},
+        ),
+        "ramps": TargetSpec(
+            name="ramps", channels=2, coder=Raw(), bound=0.0, measures=("error",), bounded=("error",), parameters={}
+        ),
     }
     fingerprints = {"teacher": "t", "preprocessing": "p", "classes": "c", "coding": "k", **changes}
     return CacheSpec(
         classes=("a", "b", "c"),
         targets=targets,
-        plan=plan.spec,
+        tile=TILE,
         fingerprints=fingerprints,
         teacher={"reference": "x", "mean": (0.5, 0.5, 0.5)},
     )
@@ -82,26 +95,20 @@ def codes_of(sample: PlannedSample) -> CodedSample:
             "ramps": np.stack(np.meshgrid(y, x, indexing="ij")).astype(np.float32),
         },
         rungs={"soft": 0, "ramps": 0},
+        measures={"soft": {"kl": 4e-4 + sample.image_size[0] * 1e-5, "changed": 0.01}, "ramps": {"error": 0.0}},
     )
-
-
-def statistics_of(samples: Sequence[PlannedSample]) -> Statistics:
-    statistics = Statistics()
-    for sample in samples:
-        statistics.add("soft", 0, {"kl": len(sample.id) * 1e-4 + sample.image_size[0] * 1e-6}, within_bound=True)
-    return statistics
 
 
 def write_units(writer: CacheWriter, units: Sequence[int] | None = None) -> None:
     for unit in writer.plan.units:
         if units is None or unit.number in units:
             samples = writer.plan.of(unit)
-            writer.write(unit, [codes_of(sample) for sample in samples], statistics_of(samples))
+            writer.write(unit, [codes_of(sample) for sample in samples])
 
 
 def write_cache(path: Path) -> Plan:
     plan = small_plan()
-    writer = CacheWriter(path, spec_for(plan), plan)
+    writer = CacheWriter(path, spec_for(), plan)
     write_units(writer)
     assert writer.seal()
     return plan
@@ -188,29 +195,33 @@ def test_a_window_is_the_part_of_the_whole(tmp_path_factory: pytest.TempPathFact
 def test_zarr_alone_reads_a_sample(tmp_path: Path) -> None:
     plan = write_cache(tmp_path / "cache.zarr")
     root = zarr.open_group(tmp_path / "cache.zarr", mode="r")
-    spec = root.attrs["segkd"]
+    spec, generation = root.attrs["segkd"], root["generations/0"]
     unit = plan.units[0]
     first = unit.first_tiles[0]
-    rows, columns = tile_shape(plan.samples[0].mapping.shape, spec["plan"]["tile"])
-    tiles = root["soft"][first : first + rows * columns]
+    rows, columns = tile_shape(plan.samples[0].mapping.shape, spec["tile"])
+    tiles = generation["soft"][first : first + rows * columns]
     whole = tiles.reshape(rows, columns, 3, TILE, TILE).transpose(2, 0, 3, 1, 4).reshape(3, rows * TILE, columns * TILE)
     height, width = plan.samples[0].mapping.shape
     np.testing.assert_array_equal(whole[:, :height, :width], codes_of(plan.samples[0]).codes["soft"])
-    assert sorted(name for name, _ in root.members()) == ["commits", "ramps", "samples", "soft"]
+    assert sorted(name for name, _ in generation.members()) == ["commits", "ramps", "samples", "soft", "units"]
 
 
 def test_every_chunk_has_a_checksum(tmp_path: Path) -> None:
     write_cache(tmp_path / "cache.zarr")
-    for name in ("soft", "ramps", "samples"):
-        metadata = json.loads((tmp_path / "cache.zarr" / name / "zarr.json").read_text())
-        assert '"checksum": true' in json.dumps(metadata["codecs"])
+    for name in ("soft", "ramps", "samples", "units"):
+        metadata = json.loads((tmp_path / "cache.zarr" / GENERATION / name / "zarr.json").read_text())
+        codecs = metadata["codecs"]
+        if codecs[0]["name"] == "sharding_indexed":
+            assert codecs[0]["configuration"]["index_codecs"][-1]["name"] == "crc32c"
+            codecs = codecs[0]["configuration"]["codecs"]
+        assert [codec["name"] for codec in codecs] == ["bytes", "zstd", "crc32c"]
 
 
 def test_any_order_and_any_interruption_give_the_same_bytes(tmp_path: Path) -> None:
     write_cache(tmp_path / "whole.zarr")
     plan = small_plan()
     for units in ([3, 1], [0], None):
-        writer = CacheWriter(tmp_path / "parts.zarr", spec_for(plan), plan)
+        writer = CacheWriter(tmp_path / "parts.zarr", spec_for(), plan)
         assert 3 not in [unit.number for unit in writer.pending()] or units == [3, 1]
         write_units(writer, units)
     assert writer.seal()
@@ -219,7 +230,7 @@ def test_any_order_and_any_interruption_give_the_same_bytes(tmp_path: Path) -> N
 
 def test_an_unfinished_cache_says_how_far_it_is(tmp_path: Path) -> None:
     plan = small_plan()
-    writer = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    writer = CacheWriter(tmp_path / "c.zarr", spec_for(), plan)
     write_units(writer, [0])
     assert not writer.seal()
     with pytest.raises(
@@ -231,14 +242,12 @@ def test_an_unfinished_cache_says_how_far_it_is(tmp_path: Path) -> None:
 
 def test_the_second_of_two_owners_loses_politely(tmp_path: Path) -> None:
     plan = small_plan()
-    first, second = (CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan) for _ in range(2))
+    first, second = (CacheWriter(tmp_path / "c.zarr", spec_for(), plan) for _ in range(2))
     samples = plan.of(plan.units[0])
     coded = [codes_of(sample) for sample in samples]
-    assert first.write(plan.units[0], coded, statistics_of(samples)) is not None
+    assert first.write(plan.units[0], coded) is not None
     before = files_of(tmp_path / "c.zarr")
-    assert (
-        second.write(plan.units[0], [*coded[:-1], codes_of(planned(77, samples[-1].image_size))], Statistics()) is None
-    )
+    assert second.write(plan.units[0], [*coded[:-1], codes_of(planned(77, samples[-1].image_size))]) is None
     assert files_of(tmp_path / "c.zarr") == before
 
 
@@ -246,7 +255,7 @@ def test_a_worker_whose_attempt_was_cleared_away_by_the_sealer_loses_politely(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = small_plan()
-    late = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    late = CacheWriter(tmp_path / "c.zarr", spec_for(), plan)
     write_synced = publish.write_synced
 
     def seal_first(path: Path, content: bytes) -> None:
@@ -264,7 +273,7 @@ def test_a_worker_whose_attempt_was_cleared_away_by_the_sealer_loses_politely(
 def test_a_finished_cache_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = write_cache(tmp_path / "c.zarr")
     monkeypatch.setattr(publish, "write_synced", lambda *_: pytest.fail("something was written"))
-    writer = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    writer = CacheWriter(tmp_path / "c.zarr", spec_for(), plan)
     assert writer.pending() == []
     assert writer.seal()
 
@@ -281,7 +290,7 @@ from pathlib import Path
 from typing import Any
 from segkd.storage import publish
 plan = cases.small_plan()
-writer = cases.CacheWriter(Path({path!r}), cases.spec_for(plan), plan)
+writer = cases.CacheWriter(Path({path!r}), cases.spec_for(), plan)
 writer.pending()
 left = [int(sys.argv[1])]
 def hook(event, args):
@@ -305,13 +314,13 @@ def test_a_kill_at_any_change_of_the_file_system_loses_nothing(tmp_path: Path) -
     for moment in [1, 2, 3, 5, 8, 13, 4, 6, 9, 11, 15, 17, 19, 21, 7, 10, 12, 14, 16, 18, 20, 22]:
         done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(moment)], check=False)
         kills += done.returncode == -signal.SIGKILL
-        committed = sorted(file.name for file in (path / "commits").glob("0*.json"))
+        committed = sorted(file.name for file in (path / GENERATION / "commits").glob("0*.json"))
         for name in committed:
-            record = json.loads((path / "commits" / name).read_bytes())
+            record = json.loads((path / GENERATION / "commits" / name).read_bytes())
             for place, entry in record["objects"].items():
-                assert hashlib.sha256((path / place).read_bytes()).hexdigest() == entry["sha256"]
+                assert hashlib.sha256((path / GENERATION / place).read_bytes()).hexdigest() == entry["sha256"]
     plan = small_plan()
-    writer = CacheWriter(path, spec_for(plan), plan)
+    writer = CacheWriter(path, spec_for(), plan)
     write_units(writer, [unit.number for unit in writer.pending()])
     assert writer.seal()
     assert kills >= 8
@@ -320,14 +329,14 @@ def test_a_kill_at_any_change_of_the_file_system_loses_nothing(tmp_path: Path) -
 
 def test_a_decided_unit_is_finished_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = small_plan()
-    writer = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    writer = CacheWriter(tmp_path / "c.zarr", spec_for(), plan)
     with monkeypatch.context() as patch:
         patch.setattr(publish.UnitPublisher, "_promote", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         patch.setattr(publish.shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             write_units(writer, [0])
     assert not writer.publisher.committed(0)
-    again = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    again = CacheWriter(tmp_path / "c.zarr", spec_for(), plan)
     assert 0 not in [unit.number for unit in again.pending()]
     write_units(again, [unit.number for unit in again.pending()])
     assert again.seal()
@@ -339,13 +348,13 @@ def test_a_disk_that_is_full_at_any_change_holds_nothing_up_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_units([planned(0, (8, 8))], unit_samples=1, tile=TILE)
-    whole = CacheWriter(tmp_path / "whole.zarr", spec_for(plan), plan)
+    whole = CacheWriter(tmp_path / "whole.zarr", spec_for(), plan)
     write_units(whole)
     whole.seal()
     failures = 0
     for moment in range(1, 100):
         path, left = tmp_path / f"{moment}.zarr", iter([False] * (moment - 1) + [True])
-        writer = CacheWriter(path, spec_for(plan), plan)
+        writer = CacheWriter(path, spec_for(), plan)
 
         def full(change: Callable[..., object], left: Iterator[bool], *arguments: object) -> object:
             if next(left, False):
@@ -360,7 +369,7 @@ def test_a_disk_that_is_full_at_any_change_holds_nothing_up_later(
                 writer.seal()
             except CacheError:
                 failures += 1
-        again = CacheWriter(path, spec_for(plan), plan)
+        again = CacheWriter(path, spec_for(), plan)
         write_units(again, [unit.number for unit in again.pending()])
         assert again.seal()
         assert files_of(path) == files_of(tmp_path / "whole.zarr")
@@ -373,14 +382,14 @@ def test_a_commit_record_comes_after_the_folders_of_its_objects_are_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = small_plan()
-    writer = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    writer = CacheWriter(tmp_path / "c.zarr", spec_for(), plan)
     synced: list[Path] = []
     sync_folder = publish.sync_folder
     monkeypatch.setattr(publish, "sync_folder", lambda folder: (synced.append(folder), sync_folder(folder)))
     write_units(writer, [0])
-    before = synced[: synced.index(tmp_path / "c.zarr" / "commits")]
-    for name in json.loads((tmp_path / "c.zarr" / publish.record_name(0)).read_bytes())["objects"]:
-        parents = [parent for parent in (tmp_path / "c.zarr" / name).parents if parent != tmp_path]
+    before = synced[: synced.index(tmp_path / "c.zarr" / GENERATION / "commits")]
+    for name in json.loads((tmp_path / "c.zarr" / GENERATION / publish.record_name(0)).read_bytes())["objects"]:
+        parents = [parent for parent in (tmp_path / "c.zarr" / GENERATION / name).parents if parent != tmp_path]
         assert set(parents) - set(tmp_path.parents) <= set(before)
 
 
@@ -395,7 +404,7 @@ def test_a_disk_that_refuses_leaves_finished_units_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
 ) -> None:
     plan = small_plan()
-    writer = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    writer = CacheWriter(tmp_path / "c.zarr", spec_for(), plan)
     write_units(writer, [0])
     before = files_of(tmp_path / "c.zarr")
 
@@ -416,14 +425,14 @@ def test_another_teacher_is_named_and_nothing_changes(tmp_path: Path) -> None:
     plan = write_cache(tmp_path / "c.zarr")
     before = files_of(tmp_path / "c.zarr")
     with pytest.raises(CacheMismatchError) as caught:
-        CacheWriter(tmp_path / "c.zarr", spec_for(plan, teacher="another", coding="other"), plan)
+        CacheWriter(tmp_path / "c.zarr", spec_for(teacher="another", coding="other"), plan)
     assert str(caught.value) == (
         f"{tmp_path / 'c.zarr'} was written with another teacher, coding; "
         "give this run another cache path, or remove the old cache"
     )
     other = plan_units(plan.samples[:-1], unit_samples=2, tile=TILE)
     with pytest.raises(CacheMismatchError, match="was written with another list of samples; give this run another"):
-        CacheWriter(tmp_path / "c.zarr", spec_for(other), other)
+        CacheWriter(tmp_path / "c.zarr", spec_for(), other)
     assert files_of(tmp_path / "c.zarr") == before
 
 
@@ -432,14 +441,14 @@ def test_something_else_is_never_written_into(tmp_path: Path) -> None:
     (tmp_path / "photos" / "a.jpg").touch()
     plan = small_plan()
     with pytest.raises(CacheExistsError, match="photos exists and is not a cache; choose another path or remove it"):
-        CacheWriter(tmp_path / "photos", spec_for(plan), plan)
+        CacheWriter(tmp_path / "photos", spec_for(), plan)
     with pytest.raises(CacheExistsError, match=r"a.jpg exists and is not a cache; choose another path or remove it"):
-        CacheWriter(tmp_path / "photos" / "a.jpg", spec_for(plan), plan)
+        CacheWriter(tmp_path / "photos" / "a.jpg", spec_for(), plan)
     zarr.create_group(tmp_path / "other.zarr")
     with pytest.raises(
         CacheExistsError, match=r"other.zarr is a Zarr group but not a segkd cache; choose another path"
     ):
-        CacheWriter(tmp_path / "other.zarr", spec_for(plan), plan)
+        CacheWriter(tmp_path / "other.zarr", spec_for(), plan)
 
 
 def test_there_is_no_cache(tmp_path: Path) -> None:
@@ -449,16 +458,27 @@ def test_there_is_no_cache(tmp_path: Path) -> None:
         CacheReader(tmp_path / "none.zarr")
 
 
-def test_another_format_is_refused(tmp_path: Path) -> None:
+def with_format(path: Path, version: str) -> Path:
+    document = json.loads((path / "zarr.json").read_text())
+    document["attributes"]["segkd"]["format"] = version
+    document["attributes"]["segkd"]["targets"][0]["novelty"] = 1
+    (path / "zarr.json").write_text(json.dumps(document))
+    return path
+
+
+def test_an_unpromised_format_and_a_newer_major_one_are_refused(tmp_path: Path) -> None:
     write_cache(tmp_path / "c.zarr")
-    root = tmp_path / "c.zarr" / "zarr.json"
-    document = json.loads(root.read_text())
-    document["attributes"]["segkd"]["format"] = "2.0"
-    root.write_text(json.dumps(document))
-    with pytest.raises(
-        CacheMismatchError, match=r"has cache format 2.0, this version of segkd reads 0.1; write it again"
+    for version, message in (
+        ("0.1", "which was not promised to last; this version of segkd reads 1.0: remove it and write it again with"),
+        ("2.0", "this version of segkd reads 1.0; install a newer one: pip install --upgrade segkd"),
     ):
-        CacheReader(tmp_path / "c.zarr")
+        with pytest.raises(CacheMismatchError, match=rf"c.zarr has cache format {version}, {message}"):
+            read_spec(with_format(tmp_path / "c.zarr", version))
+
+
+def test_a_newer_minor_format_is_read(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c.zarr")
+    require_equal(spec_for(), read_spec(with_format(tmp_path / "c.zarr", "1.7")), "c.zarr")
 
 
 def test_an_unknown_sample_is_named(tmp_path: Path) -> None:
@@ -470,7 +490,7 @@ def test_an_unknown_sample_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
-@pytest.mark.parametrize("name", ["soft/c/0/0/0/0", "samples/c/0/0"])
+@pytest.mark.parametrize("name", ["generations/0/soft/c/0/0/0/0", "generations/0/samples/c/0/0"])
 def test_what_is_damaged_or_lost_is_not_returned(tmp_path: Path, name: str, damage: str) -> None:
     plan = write_cache(tmp_path / "c.zarr")
     file = tmp_path / "c.zarr" / name
@@ -484,7 +504,7 @@ def test_what_is_damaged_or_lost_is_not_returned(tmp_path: Path, name: str, dama
         reader.window(reader.entry(plan.samples[0].id), "soft", range(1), range(1))
 
 
-@pytest.mark.parametrize("name", ["zarr.json", "commits/00000000.json"])
+@pytest.mark.parametrize("name", ["zarr.json", "generations/0/commits/00000000.json"])
 def test_a_description_that_is_cut_off_is_damage(tmp_path: Path, name: str) -> None:
     write_cache(tmp_path / "c.zarr")
     file = tmp_path / "c.zarr" / name
@@ -496,11 +516,11 @@ def test_a_description_that_is_cut_off_is_damage(tmp_path: Path, name: str) -> N
 def test_a_lost_commit_record_is_damage_and_written_again(tmp_path: Path) -> None:
     plan = write_cache(tmp_path / "c.zarr")
     before = files_of(tmp_path / "c.zarr")
-    (tmp_path / "c.zarr" / publish.record_name(1)).unlink()
+    (tmp_path / "c.zarr" / GENERATION / publish.record_name(1)).unlink()
     message = rf"c.zarr was finished and has lost 1 of its {len(plan.units)} commit records; run segkd teacher-cache"
     with pytest.raises(CacheDamagedError, match=message):
         CacheReader(tmp_path / "c.zarr").entries()
-    writer = CacheWriter(tmp_path / "c.zarr", spec_for(plan), plan)
+    writer = CacheWriter(tmp_path / "c.zarr", spec_for(), plan)
     write_units(writer, [unit.number for unit in writer.pending()])
     assert files_of(tmp_path / "c.zarr") == before
 

@@ -99,7 +99,7 @@ def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(sized: RunCo
     for committed in (0, 2, 4):
         # Slow enough to be caught between units: each batch of the teacher waits a moment.
         process = subprocess.Popen([sys.executable, "-c", SLOWED, *command[3:]])
-        while process.poll() is None and len(list((killed / "commits").glob("0*.json"))) <= committed:
+        while process.poll() is None and len(list((killed / "generations/0/commits").glob("0*.json"))) <= committed:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
@@ -249,7 +249,9 @@ class Ramps:
     """A third target: the pixel coordinates of every cell's centre. All that a target needs stands here."""
 
     def spec(self, config: CacheConfig, classes: int) -> TargetSpec:  # noqa: ARG002
-        return TargetSpec(name="ramps", channels=2, coder=Raw(), bound=0.0, parameters={})
+        return TargetSpec(
+            name="ramps", channels=2, coder=Raw(), bound=0.0, measures=("error",), bounded=("error",), parameters={}
+        )
 
     def values(self, log_probs_NChw: Tensor, mapping: Mapping) -> Tensor:
         y = mapping.y.scale * torch.arange(mapping.y.cells) + mapping.y.offset

@@ -24,7 +24,8 @@ from segkd.pipeline.data.transforms import AugmentConfig, Crop, Window, window_o
 from segkd.pipeline.models.network import Preprocessing
 from segkd.pipeline.models.preprocessing import normalise
 from segkd.storage.errors import CacheDamagedError, CacheMismatchError, ConfigError, ContaminationError, DataError
-from segkd.storage.reader import CacheReader, Entry
+from segkd.storage.reader import CacheReader
+from segkd.storage.table import Entry
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from segkd.pipeline.evaluation.pictures import show_sample
 from segkd.pipeline.output import replacing
 from segkd.storage.errors import CacheMismatchError, DataError, OutputExistsError
 from segkd.storage.geometry import Mapping
-from segkd.storage.reader import CacheReader, Entry
+from segkd.storage.reader import CacheReader
+from segkd.storage.table import Entry
 
 
 class CachedTeacher:

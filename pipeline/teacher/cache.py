@@ -103,7 +103,7 @@ def teacher_cache(run: RunConfig, *, progress: Progress = SILENT) -> CacheSummar
     spec = CacheSpec(
         classes=data.classes.names,
         targets=targets,
-        plan=plan.spec,
+        tile=config.tile,
         fingerprints=fingerprints(network, teacher, data.classes, targets.values(), config.precision),
         teacher=portable(teacher),
     )
@@ -156,7 +156,7 @@ def summarise(path: str | Path, *, written: int | None = None, seconds: float = 
     classes = len(reader.spec.classes)
     sizes = [entry.image_size[0] * entry.image_size[1] for entry in entries]
     cells = [entry.mapping.shape[0] * entry.mapping.shape[1] for entry in entries]
-    roles = {role: sum(entry.role == role for entry in entries) for role in reader.spec.plan.roles}
+    roles = {role: sum(entry.role == role for entry in entries) for role in sorted({entry.role for entry in entries})}
     report = {
         target: {
             "measures": {

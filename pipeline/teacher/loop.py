@@ -27,8 +27,8 @@ from segkd.pipeline.teacher.targets import TARGETS, Coded, code
 from segkd.storage.errors import DataError, NetworkError
 from segkd.storage.layout import Plan, PlannedSample, Unit
 from segkd.storage.spec import CacheSpec
-from segkd.storage.statistics import Statistics
-from segkd.storage.writer import CacheWriter, CodedSample
+from segkd.storage.table import CodedSample
+from segkd.storage.writer import CacheWriter
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -64,10 +64,10 @@ class Stage1:
         ):
             writing: Future[None] | None = None
             for unit in units:
-                coded, statistics = self._code_unit(unit, prepared)
+                coded = self._code_unit(unit, prepared)
                 if writing is not None:
                     writing.result()
-                writing = publisher.submit(_write, writer, unit, coded, statistics, on_unit)
+                writing = publisher.submit(_write, writer, unit, coded, on_unit)
             if writing is not None:
                 writing.result()
 
@@ -88,9 +88,8 @@ class Stage1:
             )
         return Prepared(prepare(image, self.predictor.config.preprocessing), self.data.image_digest(sample))
 
-    def _code_unit(self, unit: Unit, prepared: Iterator[Prepared]) -> tuple[list[CodedSample], Statistics]:
+    def _code_unit(self, unit: Unit, prepared: Iterator[Prepared]) -> list[CodedSample]:
         results: dict[str, CodedSample] = {}
-        statistics = Statistics()
         for batch in self.batches(unit):
             inputs = list(islice(prepared, len(batch)))
             coded = self._code_batch(batch, torch.stack([entry.input_3HW for entry in inputs]))
@@ -99,12 +98,12 @@ class Stage1:
                     image_digest=entry.digest,
                     codes={name: target.codes[k].numpy() for name, target in coded.items()},
                     rungs={name: int(target.rungs[k]) for name, target in coded.items()},
+                    measures={
+                        name: {measure: float(value[k]) for measure, value in target.measures.items()}
+                        for name, target in coded.items()
+                    },
                 )
-                for name, target in coded.items():
-                    within = float(target.errors[k]) <= self.spec.targets[name].bound
-                    values = {measure: float(value[k]) for measure, value in target.measures.items()}
-                    statistics.add(name, int(target.rungs[k]), values, within_bound=within)
-        return [results[sample.id] for sample in self.plan.of(unit)], statistics
+        return [results[sample.id] for sample in self.plan.of(unit)]
 
     @torch.inference_mode()
     def _code_batch(self, batch: Sequence[PlannedSample], inputs_N3HW: Tensor) -> dict[str, Coded]:
@@ -151,10 +150,6 @@ def ahead(
 
 
 def _write(
-    writer: CacheWriter,
-    unit: Unit,
-    coded: Sequence[CodedSample],
-    statistics: Statistics,
-    on_unit: Callable[[Unit, int | None], None],
+    writer: CacheWriter, unit: Unit, coded: Sequence[CodedSample], on_unit: Callable[[Unit, int | None], None]
 ) -> None:
-    on_unit(unit, writer.write(unit, coded, statistics))
+    on_unit(unit, writer.write(unit, coded))

@@ -49,7 +49,15 @@ class SoftTargets:
 
     def spec(self, config: CacheConfig, classes: int) -> TargetSpec:
         coder = CompandedDistribution(levels=config.levels)
-        return TargetSpec(name="soft", channels=classes, coder=coder, bound=config.max_kl, parameters={})
+        return TargetSpec(
+            name="soft",
+            channels=classes,
+            coder=coder,
+            bound=config.max_kl,
+            measures=("kl_cells", "kl_pixels", "changed_pixels"),
+            bounded=("kl_cells", "kl_pixels"),
+            parameters={},
+        )
 
     def values(self, log_probs_NChw: Tensor, mapping: GridMapping) -> Tensor:  # noqa: ARG002  # the protocol's
         return log_probs_NChw
@@ -92,7 +100,15 @@ class FirstOrderMap:
     def spec(self, config: CacheConfig, classes: int) -> TargetSpec:  # noqa: ARG002  # the protocol's
         parameters: Mapping[str, float | str] = {"features": self.features, "epsilon": EPSILON}
         coder = UniformSteps(reach=self.reach)
-        return TargetSpec(name=self.name, channels=1, coder=coder, bound=self.bound, parameters=parameters)
+        return TargetSpec(
+            name=self.name,
+            channels=1,
+            coder=coder,
+            bound=self.bound,
+            measures=("largest_error", "mean_error"),
+            bounded=("largest_error",),
+            parameters=parameters,
+        )
 
     def values(self, log_probs_NChw: Tensor, mapping: GridMapping) -> Tensor:  # noqa: ARG002  # the protocol's
         mapped = first_order_map(features_of(log_probs_NChw, self.features))[:, None]
