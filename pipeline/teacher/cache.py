@@ -22,11 +22,12 @@ from segkd.pipeline.device import find_device
 from segkd.pipeline.models.predictor import Predictor
 from segkd.pipeline.models.references import described, load_network
 from segkd.pipeline.progress import SILENT, Progress, Task
+from segkd.pipeline.teacher.config import CacheConfig
 from segkd.pipeline.teacher.fingerprints import fingerprints, portable
 from segkd.pipeline.teacher.loop import Stage1
 from segkd.pipeline.teacher.targets import TARGETS
 from segkd.storage.errors import DataError
-from segkd.storage.layout import PlannedSample, Unit, plan_units
+from segkd.storage.layout import Plan, PlannedSample, Unit, plan_units
 from segkd.storage.publish import explained
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import CacheSpec, TargetSpec
@@ -80,11 +81,34 @@ class CacheSummary:
         return lines
 
 
-def teacher_cache(run: RunConfig, *, progress: Progress = SILENT) -> CacheSummary:
-    """Writes the cache that ``run`` describes, or what is missing of it.
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A run's data and teacher, opened: all that stage 1 begins with."""
 
-    Raises ConfigError, DataError, NetworkError and CacheError with what to do; units that are finished by then stay.
-    """
+    config: CacheConfig
+    data: DataSource
+    samples: dict[str, Sample]
+    """The samples to cache, by id."""
+    predictor: Predictor
+    planned: list[PlannedSample]
+    """The same samples with their sizes and grids."""
+    spec: CacheSpec
+
+    def stage(self, plan: Plan) -> Stage1:
+        """Stage 1 over a plan of these samples."""
+        return Stage1(
+            data=self.data,
+            samples=self.samples,
+            predictor=self.predictor,
+            spec=self.spec,
+            plan=plan,
+            batch=self.config.batch,
+            decoders=self.config.decoders,
+        )
+
+
+def open_run(run: RunConfig) -> Opened:
+    """Opens what stage 1 needs; image headers are read, no image is. Raises ConfigError, DataError, NetworkError."""
     config = run.cache
     data = open_data(run.data)
     samples = with_role(data, *config.roles)
@@ -94,12 +118,7 @@ def teacher_cache(run: RunConfig, *, progress: Progress = SILENT) -> CacheSummar
     network = load_network(teacher, len(teacher.classes or data.classes.names))
     device = find_device(config.device)
     predictor = Predictor(network, teacher, data.classes.names, device=device, precision=config.precision)
-    plan = plan_units(
-        plan_samples(data, samples, predictor, threads=config.decoders),
-        unit_samples=config.unit_samples,
-        tile=config.tile,
-    )
-    targets: dict[str, TargetSpec] = {name: TARGETS[name]().spec(config, len(data.classes)) for name in config.targets}
+    targets = target_specs(config, len(data.classes))
     spec = CacheSpec(
         classes=data.classes.names,
         targets=targets,
@@ -107,21 +126,35 @@ def teacher_cache(run: RunConfig, *, progress: Progress = SILENT) -> CacheSummar
         fingerprints=fingerprints(network, teacher, data.classes, targets.values(), config.precision),
         teacher=portable(teacher),
     )
-    writer = CacheWriter(config.path, spec, plan)
-    stage = Stage1(
+    return Opened(
+        config=config,
         data=data,
         samples={sample.id: sample for sample in samples},
         predictor=predictor,
+        planned=plan_samples(data, samples, predictor, threads=config.decoders),
         spec=spec,
-        plan=plan,
-        batch=config.batch,
-        decoders=config.decoders,
     )
+
+
+def target_specs(config: CacheConfig, classes: int) -> dict[str, TargetSpec]:
+    """What the cache says about each of the targets that ``config`` names."""
+    return {name: TARGETS[name]().spec(config, classes) for name in config.targets}
+
+
+def teacher_cache(run: RunConfig, *, progress: Progress = SILENT) -> CacheSummary:
+    """Writes the cache that ``run`` describes, or what is missing of it.
+
+    Raises ConfigError, DataError, NetworkError and CacheError with what to do; units that are finished by then stay.
+    """
+    opened, config = open_run(run), run.cache
+    plan = plan_units(opened.planned, unit_samples=config.unit_samples, tile=config.tile)
+    writer = CacheWriter(config.path, opened.spec, plan)
+    stage = opened.stage(plan)
     began = time.monotonic()
     pending = writer.pending()
-    finished = len(samples) - sum(unit.samples for unit in pending)
-    with progress.task("teacher-cache", len(samples), done=finished) as task:
-        journal = _Journal(writer, device, task)
+    finished = len(opened.samples) - sum(unit.samples for unit in pending)
+    with progress.task("teacher-cache", len(opened.samples), done=finished) as task:
+        journal = _Journal(writer, opened.predictor.device, task)
         if pending:
             stage.run(writer, pending, journal.unit)
     writer.seal()
