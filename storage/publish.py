@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from segkd.storage.errors import CacheDamagedError, CacheError
 COMMITS = "commits"
 """The folder of the commit records, in that of their generation."""
 SEAL = f"{COMMITS}/seal.json"
+CLOSED = f"{COMMITS}/closed.json"
+"""Names the units that a generation was closed without; only in one whose list changed before it was finished."""
 ATTEMPTS = f"{COMMITS}/attempts"
 """Where everything stands that is not yet part of the generation; it goes with the seal."""
 
@@ -74,8 +76,10 @@ def explained(path: Path) -> Iterator[None]:
 def read_document(path: Path) -> dict[str, Any]:
     """A JSON file of a cache. Raises CacheDamagedError for one that is cut off or overwritten."""
     try:
-        document: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError as error:
+        document = json.loads(path.read_bytes())
+        if not isinstance(document, dict):
+            raise ValueError("it holds no JSON object")
+    except (ValueError, RecursionError) as error:
         raise CacheDamagedError(f"{path} cannot be read ({error}); restore the cache or write it again") from error
     return document
 
@@ -104,6 +108,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_synced(path: Path) -> None:
+    """Removes a file, if it is there, and waits until its folder says so on the disk."""
+    if path.exists():
+        path.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def create_whole(path: Path, content: bytes, scratch: Path) -> bool:
@@ -149,17 +160,20 @@ class UnitPublisher:
                 self._promote(unit)
         return self.committed(unit)
 
-    def publish(self, unit: int, objects: Mapping[str, bytes], content: Mapping[str, Any]) -> bool:
+    def publish(
+        self, unit: int, objects: Mapping[str, bytes], content: Mapping[str, Any], absent: Sequence[str] = ()
+    ) -> bool:
         """Commits a unit; False when another worker was first and its result stands.
 
-        ``objects`` by their names in the generation's folder; ``content`` stands in the commit record beside them.
+        ``objects`` by their names in the generation's folder; ``content`` stands in the commit record beside them;
+        ``absent`` names what the unit might have had: a withdrawn predecessor's leftovers.
         """
         if self.committed(unit):
             return False
         attempt = self.attempts / f"{unit:08d}-{uuid.uuid4().hex}"
         with explained(self.root):
             try:
-                return self._publish(unit, attempt, objects, content)
+                return self._publish(unit, attempt, objects, content, absent)
             except FileNotFoundError:
                 # Whoever sealed the cache meanwhile has cleared all attempts away, this one too.
                 if not self.committed(unit):
@@ -170,7 +184,14 @@ class UnitPublisher:
                 if decision is None or decision["attempt"] != attempt.name:
                     shutil.rmtree(attempt, ignore_errors=True)
 
-    def _publish(self, unit: int, attempt: Path, objects: Mapping[str, bytes], content: Mapping[str, Any]) -> bool:
+    def _publish(
+        self,
+        unit: int,
+        attempt: Path,
+        objects: Mapping[str, bytes],
+        content: Mapping[str, Any],
+        absent: Sequence[str],
+    ) -> bool:
         attempt.mkdir(parents=True)
         for number, data in enumerate(objects.values()):
             write_synced(attempt / str(number), data)
@@ -182,7 +203,7 @@ class UnitPublisher:
                 name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in objects.items()
             },
         }
-        decision = {"attempt": attempt.name, "order": list(objects), "record": record}
+        decision = {"attempt": attempt.name, "order": list(objects), "absent": list(absent), "record": record}
         won = create_whole(self._winner(unit), canonical(decision), self.attempts)
         if self.committed(unit):
             # Somebody committed, and removed the winner file, between the first look and this decision.
@@ -192,13 +213,31 @@ class UnitPublisher:
         self._promote(unit)
         return won
 
-    def seal(self, document: Mapping[str, Any]) -> None:
-        """Writes the seal, unless it stands, and removes what interrupted attempts have left.
+    def withdraw(self, unit: int, names: Sequence[str]) -> None:
+        """Takes a unit out of a generation without a seal: its record, then its objects, whose names are given.
+
+        Whenever this is interrupted, the unit is as it was, or is not committed and will be written again.
+        """
+        decision = self._decision(unit)
+        # A worker that died just before it removed this file had committed the unit.
+        remove_synced(self._winner(unit))
+        if decision is not None:
+            shutil.rmtree(self.attempts / decision["attempt"], ignore_errors=True)
+        for name in (record_name(unit), *names):
+            remove_synced(self.folder / name)
+
+    def close(self, missing: Sequence[int]) -> None:
+        """Notes for good that the generation does without these units, unless that is noted already."""
+        create_whole(self.folder / CLOSED, canonical(signed({"missing": sorted(missing)})), self.attempts)
+
+    def seal(self, document: Mapping[str, Any] | None) -> None:
+        """Writes the seal, unless it stands (None), and removes what interrupted attempts have left.
 
         For a generation whose units are all committed.
         """
         with explained(self.root):
-            create_whole(self.folder / SEAL, canonical(signed(document)), self.attempts)
+            if document is not None:
+                create_whole(self.folder / SEAL, canonical(signed(document)), self.attempts)
         shutil.rmtree(self.attempts, ignore_errors=True)
 
     def _winner(self, unit: int) -> Path:
@@ -230,6 +269,8 @@ class UnitPublisher:
                     f"remove {self._winner(unit)} and run the same command again"
                 )
             folders.update(folder for folder in place.parents if folder.is_relative_to(self.root))
+        for name in decision["absent"]:
+            remove_synced(self.folder / name)
         for folder in folders:
             sync_folder(folder)
         create_whole(self.folder / record_name(unit), canonical(signed(record)), self.attempts)

@@ -513,6 +513,13 @@ def test_a_description_that_is_cut_off_is_damage(tmp_path: Path, name: str) -> N
         CacheReader(tmp_path / "c.zarr").entries()
 
 
+@pytest.mark.parametrize("content", [b"", b"[1]", b"3", b"[" * 100_000, b'{"a": \xff}'])
+def test_whatever_stands_where_a_description_was_is_damage(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "zarr.json").write_bytes(content)
+    with pytest.raises(CacheDamagedError, match=r"zarr.json cannot be read \(.*; restore the cache or write it again$"):
+        read_spec(tmp_path)
+
+
 def test_a_lost_commit_record_is_damage_and_written_again(tmp_path: Path) -> None:
     plan = write_cache(tmp_path / "c.zarr")
     before = files_of(tmp_path / "c.zarr")
