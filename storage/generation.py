@@ -20,7 +20,7 @@ from zarr.storage import MemoryStore
 
 from segkd.storage.errors import CacheExistsError
 from segkd.storage.layout import Plan
-from segkd.storage.publish import COMMITS, SEAL, read_document, record_name
+from segkd.storage.publish import CLOSED, COMMITS, SEAL, read_document, read_signed, record_name
 from segkd.storage.spec import CacheSpec, PlanSpec
 from segkd.storage.table import as_bytes, directory_of, packed_ids, row_dtype
 
@@ -81,9 +81,20 @@ class Generation:
         """One row of its sample table."""
         return row_dtype(self.spec, self.plan)
 
+    @property
+    def missing(self) -> frozenset[int]:
+        """The units that it was closed without; none, unless its list of samples changed before it was finished."""
+        path = self.folder / CLOSED
+        return frozenset(read_signed(path)["missing"]) if path.exists() else frozenset()
+
+    def units(self) -> list[int]:
+        """The numbers of the units that belong to it: all, unless it was closed before all were written."""
+        missing = self.missing
+        return [unit for unit in range(self.plan.units) if unit not in missing]
+
     def committed(self) -> list[int]:
         """The numbers of the units that are written."""
-        return [unit for unit in range(self.plan.units) if self.record_path(unit).exists()]
+        return [unit for unit in self.units() if self.record_path(unit).exists()]
 
     def metadata_names(self) -> list[str]:
         """Every metadata file that its seal covers, by its name within the cache, in order."""

@@ -59,11 +59,11 @@ class CacheReader:
         """The commit records, in the order of units. Raises CacheDamagedError where a finished cache has lost one."""
         records = []
         for generation in self.generations:
-            done, units = generation.committed(), generation.plan.units
-            if generation.sealed and len(done) < units:
+            done, units = generation.committed(), generation.units()
+            if generation.sealed and len(done) < len(units):
+                lost = f"{len(units) - len(done)} of its {len(units)} commit records"
                 raise CacheDamagedError(
-                    f"{self.path} was finished and has lost {units - len(done)} of its {units} commit records; "
-                    "run segkd teacher-cache again to write those units"
+                    f"{self.path} was finished and has lost {lost}; run segkd teacher-cache again to write those units"
                 )
             records += [{"generation": generation.number, **read_signed(generation.record_path(k))} for k in done]
         return records

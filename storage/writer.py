@@ -5,7 +5,6 @@ Shapes: codes channels,h,w of one sample; tiles channels,t,t.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +26,14 @@ from segkd.storage.generation import (
     Generation,
     always_written,
     generation_documents,
+    generations_of,
     read_spec,
     root_documents,
     target_arrays,
 )
 from segkd.storage.layout import Plan, Unit, tile_shape
-from segkd.storage.publish import UnitPublisher, create_whole, explained, read_document, read_signed
+from segkd.storage.publish import UnitPublisher, create_whole, explained, read_document, remove_synced
+from segkd.storage.sealing import seal_generation
 from segkd.storage.spec import CacheSpec, require_equal
 from segkd.storage.statistics import Statistics
 from segkd.storage.table import CodedSample, as_bytes, fill_row
@@ -61,10 +62,13 @@ class CacheWriter:
 
     def pending(self) -> list[Unit]:
         """The units that are not committed, after finishing those that an interrupted run had decided."""
-        return [unit for unit in self.plan.units if not self.publisher.recover(unit.number)]
+        expected = set(self.generation.units())
+        return [unit for unit in self.plan.units if unit.number in expected and not self.publisher.recover(unit.number)]
 
     def write(self, unit: Unit, coded: Sequence[CodedSample]) -> int | None:
-        """Commits a unit; its bytes, or None when another worker committed it first."""
+        """Commits a unit; its bytes, or None when another worker committed it first, or closed the generation."""
+        if unit.number in self.generation.missing:
+            return None
         rows = self._rows(unit, coded)
         objects = self._encode(unit, coded, rows)
         planned = self.plan.of(unit)
@@ -75,23 +79,40 @@ class CacheWriter:
             "cells": sum(sample.mapping.shape[0] * sample.mapping.shape[1] for sample in planned),
             "statistics": Statistics.of(rows[: unit.samples], self.spec).to_dict(),
         }
-        if self.publisher.publish(unit.number, objects, content):
+        absent = [name for name in self._object_names(unit) if name not in objects]
+        if self.publisher.publish(unit.number, objects, content, absent):
             return sum(map(len, objects.values()))
         return None
 
     def seal(self) -> bool:
         """Writes the seal when every unit is committed; says whether the generation is sealed now.
 
-        The seal is a pure function of the commit records and the metadata, so it does not matter who writes it. A
-        generation is sealed after the one before it.
+        A generation is sealed after the one before it.
         """
-        number = self.generation.number
-        if number and not Generation.open(self.root, self.spec, number - 1).sealed:
-            return False
-        if not all(self.publisher.committed(unit.number) for unit in self.plan.units):
-            return False
-        self.publisher.seal(seal_document(self.generation))
-        return True
+        return seal_generation(self.generation)
+
+    def close(self) -> None:
+        """Seals the generation as it stands: what is not committed by now is for a later generation to hold.
+
+        For a list of samples that changed before the cache was finished. Raises CacheError if the generation before is
+        not sealed.
+        """
+        missing = [unit.number for unit in self.pending()]
+        with explained(self.root):
+            if missing:
+                self.publisher.close(missing)
+            if not self.seal():
+                raise CacheError(f"{self.generation.folder} cannot be closed before the generation that it adds to")
+
+    def withdraw(self, unit: Unit) -> None:
+        """Takes a unit out again, so that it is pending; the seal goes first, and with it those of later generations.
+
+        An interruption at any moment leaves a cache that says that it is not finished, or one as it was.
+        """
+        with explained(self.root):
+            for generation in reversed(generations_of(self.root, self.spec)[self.generation.number :]):
+                remove_synced(generation.seal_path)
+            self.publisher.withdraw(unit.number, self._object_names(unit))
 
     def _create_or_compare(self) -> None:
         if self.root.exists() and not (self.root / METADATA).exists() and self._foreign():
@@ -140,6 +161,12 @@ class CacheWriter:
             return True
         return any(entry.name != GENERATIONS and not entry.name.startswith(".") for entry in self.root.iterdir())
 
+    def _object_names(self, unit: Unit) -> list[str]:
+        """Every object that the unit may have; which ones it has depends on the rungs of its samples."""
+        shards = range(unit.first_shard, unit.first_shard + unit.shards)
+        names = [f"{array}/c/{shard}/0/0/0" for array in target_arrays(self.spec) for shard in shards]
+        return [*names, f"{SAMPLES}/c/{unit.number}/0"]
+
     def _rows(self, unit: Unit, coded: Sequence[CodedSample]) -> npt.NDArray[Any]:
         """The unit's chunk of the sample table, zero beyond its samples."""
         rows = np.zeros(self.plan.spec.unit_samples, self.generation.row_dtype())
@@ -170,35 +197,6 @@ def cut_into_tiles(codes: npt.NDArray[Any], tile: int, dtype: np.dtype[Any]) -> 
     padded[:, :height, :width] = codes
     split = padded.reshape(channels, rows, tile, columns, tile)
     return split.transpose(1, 3, 0, 2, 4).reshape(rows * columns, channels, tile, tile)
-
-
-def seal_document(generation: Generation) -> dict[str, Any]:
-    """The seal of a generation whose units are all committed."""
-    statistics, commits = Statistics(), hashlib.sha256()
-    totals = dict.fromkeys(("bytes", "samples", "pixels", "cells"), 0)
-    for unit in range(generation.plan.units):
-        path = generation.record_path(unit)
-        record = read_signed(path)
-        commits.update(path.read_bytes())
-        statistics.merge(Statistics.from_dict(record["statistics"]))
-        for name in ("samples", "pixels", "cells"):
-            totals[name] += record[name]
-        totals["bytes"] += sum(entry["bytes"] for entry in record["objects"].values())
-    number = generation.number
-    before = Generation.open(generation.root, generation.spec, number - 1).seal_path if number else None
-    return {
-        "generation": number,
-        "units": generation.plan.units,
-        "roles": dict(generation.plan.roles),
-        **totals,
-        "commits_sha256": commits.hexdigest(),
-        "metadata_sha256": {
-            name: hashlib.sha256((generation.root / name).read_bytes()).hexdigest()
-            for name in generation.metadata_names()
-        },
-        "previous_sha256": None if before is None else read_signed(before)["sha256"],
-        "statistics": statistics.to_dict(),
-    }
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
