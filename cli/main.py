@@ -11,9 +11,11 @@ import click
 from segkd import __version__
 from segkd.cli.cache_info import cache_info
 from segkd.cli.cache_show import cache_show
+from segkd.cli.cache_verify import cache_verify
 from segkd.cli.data_check import data_check
 from segkd.cli.evaluate import evaluate
 from segkd.cli.options import VERBOSITY, Interrupted, set_up_logging
+from segkd.cli.plan import plan
 from segkd.cli.predict import predict
 from segkd.cli.teacher_cache import teacher_cache
 from segkd.cli.train_student import train_student
@@ -76,6 +78,8 @@ def cache() -> None:
 data.add_command(data_check, "check")
 cache.add_command(cache_info, "info")
 cache.add_command(cache_show, "show")
+cache.add_command(cache_verify, "verify")
+main.add_command(plan)
 main.add_command(teacher_cache)
 main.add_command(train_student)
 main.add_command(evaluate)

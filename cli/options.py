@@ -103,20 +103,33 @@ def reference_option(command: Command) -> Command:
     return click.option("--reference", metavar="REFERENCE", help=text)(command)
 
 
-def run_options(*, required: bool = True) -> Callable[[Command], Command]:
+def run_options(*, required: bool = True, budget: bool = False) -> Callable[[Command], Command]:
     """``--config``, ``--set`` and ``--print-config``; the command gets the ``run`` that they describe.
 
-    Where they are not required, it gets None if none is given.
+    Where they are not required, it gets None if none is given. ``budget``: with ``--budget``, short for a setting.
     """
+    budget_text = "Bytes that the cache may take, in place of a bound: 200GB, 1.5TiB."
+    extra: Callable[[Command], Command] = (
+        click.option("--budget", metavar="SIZE", help=budget_text) if budget else lambda command: command
+    )
 
     def decorate(command: Command) -> Command:
         @click.option("-c", "--config", metavar="FILE", help="The run file (TOML).")
         @click.option(
             "-s", "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a setting: train.steps=500."
         )
+        @extra
         @click.option("--print-config", is_flag=True, help="Print the resolved run file and do nothing else.")
         @functools.wraps(command)
-        def loaded(config: str | None, overrides: tuple[str, ...], print_config: bool, **others: Any) -> None:
+        def loaded(
+            config: str | None,
+            overrides: tuple[str, ...],
+            print_config: bool,
+            budget: str | None = None,
+            **others: Any,
+        ) -> None:
+            if budget is not None:
+                overrides = (*overrides, f"cache.budget={json.dumps(budget)}")
             given = config is not None or overrides or print_config
             if required and not given:
                 raise click.UsageError("Missing option '-c' / '--config': the run file that says what to work on.")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @click.command("teacher-cache", short_help="Stage 1: write the cache of a teacher.")
-@run_options()
+@run_options(budget=True)
 @json_option
 @verbosity_options
 def teacher_cache(run: RunConfig, as_json: bool) -> None:

@@ -83,10 +83,10 @@ def latency(
     with evaluating(network), _threads(threads), torch.inference_mode(), half:
         used = torch.get_num_threads()
         for _ in range(warmup + runs):
-            _synchronise(device)
+            synchronise(device)
             start = time.perf_counter()
             network(images)
-            _synchronise(device)
+            synchronise(device)
             seconds.append(time.perf_counter() - start)
     p50, p95 = np.percentile(seconds[warmup:], (50, 95)) * 1000
     return Latency(
@@ -107,7 +107,8 @@ def _device(network: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done all that it was given: a clock is of no use before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

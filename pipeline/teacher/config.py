@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from segkd.pipeline.data.sample import Role
+from segkd.pipeline.sizes import parse_bytes
 from segkd.storage.errors import ConfigError
 
 TargetName = Literal["soft", "first_order", "first_order_logits"]
@@ -23,6 +24,8 @@ class CacheConfig:
     """Which maps are kept: class distributions, the first-order map of the softmax, that of the logits."""
     max_kl: float = 1e-3
     """Nats that writing may cost: the mean KL(teacher || kept) of each sample, over its cells and over its pixels."""
+    budget: str = ""
+    """Bytes that the cache may take, such as "200GB" or "1.5TiB", in place of max_kl: the tightest bound that fits."""
     levels: tuple[int, ...] = (255,)
     """The ladder of levels for the square root of the probability; each sample takes the first that keeps max_kl."""
     tile: int = 64
@@ -43,6 +46,12 @@ class CacheConfig:
             raise ConfigError("roles and targets must each name at least one")
         if self.max_kl <= 0:
             raise ConfigError(f"max_kl must be positive, got {self.max_kl}")
+        if self.budget:
+            parse_bytes(self.budget)
+            if self.max_kl != CacheConfig.max_kl:
+                raise ConfigError(
+                    f"max_kl = {self.max_kl:g} and budget = {self.budget!r} both bound the error; keep one"
+                )
         for name in ("tile", "unit_samples", "batch", "decoders"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

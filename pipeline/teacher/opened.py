@@ -1,0 +1,101 @@
+"""What stage 1 begins with: a run's data and teacher, opened, and the specification of the cache that they lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from segkd.pipeline.config import RunConfig
+from segkd.pipeline.data.readers import open_data
+from segkd.pipeline.data.sample import DataSource, Sample, with_role
+from segkd.pipeline.device import find_device
+from segkd.pipeline.models.predictor import Predictor
+from segkd.pipeline.models.references import described, load_network
+from segkd.pipeline.teacher.config import CacheConfig
+from segkd.pipeline.teacher.fingerprints import fingerprints, portable
+from segkd.pipeline.teacher.loop import Stage1
+from segkd.pipeline.teacher.targets import TARGETS
+from segkd.storage.errors import DataError
+from segkd.storage.layout import Plan, PlannedSample
+from segkd.storage.spec import CacheSpec, TargetSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A run's data and teacher, opened: all that stage 1 begins with."""
+
+    config: CacheConfig
+    data: DataSource
+    samples: dict[str, Sample]
+    """The samples to cache, by id."""
+    predictor: Predictor
+    planned: list[PlannedSample]
+    """The same samples with their sizes and grids."""
+    spec: CacheSpec
+
+    def stage(self, plan: Plan) -> Stage1:
+        """Stage 1 over a plan of these samples."""
+        return Stage1(
+            data=self.data,
+            samples=self.samples,
+            predictor=self.predictor,
+            spec=self.spec,
+            plan=plan,
+            batch=self.config.batch,
+            decoders=self.config.decoders,
+        )
+
+
+def open_run(run: RunConfig) -> Opened:
+    """Opens what stage 1 needs; image headers are read, no image is. Raises ConfigError, DataError, NetworkError."""
+    config = run.cache
+    data = open_data(run.data)
+    samples = with_role(data, *config.roles)
+    if not samples:
+        raise DataError(f"the data has no sample of role {', '.join(config.roles)}; check cache.roles and the lists")
+    teacher = described(run.the_teacher())
+    network = load_network(teacher, len(teacher.classes or data.classes.names))
+    device = find_device(config.device)
+    predictor = Predictor(network, teacher, data.classes.names, device=device, precision=config.precision)
+    targets = target_specs(config, len(data.classes))
+    spec = CacheSpec(
+        classes=data.classes.names,
+        targets=targets,
+        tile=config.tile,
+        fingerprints=fingerprints(network, teacher, data.classes, targets.values(), config.precision),
+        teacher=portable(teacher),
+    )
+    return Opened(
+        config=config,
+        data=data,
+        samples={sample.id: sample for sample in samples},
+        predictor=predictor,
+        planned=plan_samples(data, samples, predictor, threads=config.decoders),
+        spec=spec,
+    )
+
+
+def target_specs(config: CacheConfig, classes: int) -> dict[str, TargetSpec]:
+    """What the cache says about each of the targets that ``config`` names."""
+    return {name: TARGETS[name]().spec(config, classes) for name in config.targets}
+
+
+def plan_samples(
+    data: DataSource, samples: Sequence[Sample], predictor: Predictor, *, threads: int
+) -> list[PlannedSample]:
+    """Size and grid of every sample, from the images' headers. Raises DataError for an unreadable one."""
+    with ThreadPoolExecutor(threads) as executor:
+        sizes = list(executor.map(data.size, samples))
+    planned = [
+        PlannedSample(id=sample.id, role=sample.role, image_size=size, mapping=predictor.mapping(*size)[0])
+        for sample, size in zip(samples, sizes, strict=True)
+    ]
+    for sample in planned:
+        if min(sample.mapping.shape) == 0:
+            height, width = sample.image_size
+            raise DataError(
+                f"{sample.id}: no cell of the teacher lies in its {height}x{width} pixels; "
+                "leave the image out, or give the teacher a resize"
+            )
+    return planned

@@ -1,0 +1,259 @@
+"""A few samples through stage 1 as it will be: what they take in bytes, in coding error and in time.
+
+The trial's samples are put into units of one batch each, every unit spread over all of them: so any few units are a
+fair share of the data, and how they differ tells how far off a figure may be. They go through the loop and the writer
+of ``segkd teacher-cache`` itself, into a cache that is thrown away.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from segkd.pipeline.evaluation.speed import synchronise
+from segkd.pipeline.models.predictor import Predictor
+from segkd.pipeline.models.preprocessing import placement
+from segkd.pipeline.teacher.config import CacheConfig
+from segkd.pipeline.teacher.loop import Prepared, Stage1
+from segkd.pipeline.teacher.opened import Opened, target_specs
+from segkd.pipeline.teacher.targets import Coded
+from segkd.storage.generation import SAMPLES, target_arrays
+from segkd.storage.geometry import Mapping as GridMapping
+from segkd.storage.layout import PlannedSample, Unit, plan_units
+from segkd.storage.reader import CacheReader
+from segkd.storage.statistics import Statistics
+from segkd.storage.table import CodedSample
+from segkd.storage.writer import CacheWriter
+
+TRIED = 48
+"""Samples of a trial: the bytes of two CamVid images differ by a quarter, those of 48 and 48 others by 4 %."""
+REMEMBERED_BYTES = 2**30
+"""Most that a teacher's answers take that are kept for a further trial at another bound."""
+
+
+def spread(samples: Sequence[PlannedSample], count: int) -> list[PlannedSample]:
+    """``count`` of the samples, evenly spread over sizes and, within one size, over roles and ids.
+
+    A pure function of the samples: every ``len / count``-th of them in order of cells, role and id, each from the
+    middle of its stretch, so every size has its share.
+    """
+    ordered = sorted(samples, key=lambda sample: (math.prod(sample.mapping.shape), sample.role, sample.id))
+    count = min(count, len(ordered))
+    return [ordered[(2 * k + 1) * len(ordered) // (2 * count)] for k in range(count)]
+
+
+def shard_index_bytes(shard_tiles: int) -> int:
+    """Offset and length of each tile, 8 bytes each, and their crc32c: what a shard holds besides its tiles."""
+    return 16 * shard_tiles + 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What a few samples took."""
+
+    samples: int
+    cells: int
+    input_pixels: int
+    """Pixels that the teacher was fed."""
+    payload: Mapping[str, int]
+    """Bytes of each target array, without shard indexes."""
+    table_bytes: int
+    record_bytes: int
+    """Of all commit records."""
+    units: int
+    spread_of_units: float
+    """Standard deviation of the units' payload a cell, relative to its mean."""
+    statistics: Statistics
+    timed: int
+    """Samples that the figures of time rest on: those after the first unit, which warms the teacher up."""
+    timed_pixels: int
+    """Pixels that the teacher was fed with them."""
+    seconds: float
+    """Time that the loop took for them, all its parts overlapping."""
+    parts: Mapping[str, float]
+    """Time of each part over the same samples: decode (in all threads), infer, code, write."""
+
+
+class Trials:
+    """Trials of one choice of samples at any bound; the teacher's answers are kept from one to the next."""
+
+    def __init__(self, opened: Opened, count: int) -> None:
+        """``count`` samples, or as many as there are."""
+        self.opened = opened
+        chosen = spread(opened.planned, count)
+        batch = min(opened.config.batch, max(len(chosen) // 4, 1))
+        units = max(len(chosen) // batch, 1)
+        # One role and ids that begin with the unit: the plan cuts units where it is meant to.
+        named = {
+            f"{number % units:06d}/{sample.id}": replace(sample, role=chosen[0].role)
+            for number, sample in enumerate(chosen)
+        }
+        self.plan = plan_units(
+            [replace(sample, id=name) for name, sample in named.items()],
+            unit_samples=-(-len(chosen) // units),
+            tile=opened.spec.tile,
+        )
+        self._samples = {name: opened.samples[sample.id] for name, sample in named.items()}
+        self._clock = _Clock()
+        self._predictor = _Observed(opened.predictor, self._clock)
+
+    def run(self, config: CacheConfig, *, seconds: float = math.inf) -> Trial:
+        """The samples through stage 1 with the targets of ``config``; about ``seconds`` long, two units at least.
+
+        Raises what stage 1 raises.
+        """
+        spec = replace(self.opened.spec, targets=target_specs(config, len(self.opened.spec.classes)))
+        opened = replace(self.opened, samples=self._samples, predictor=self._predictor, spec=spec)
+        finished: list[tuple[Unit, float]] = []
+
+        def on_unit(unit: Unit, _: int | None) -> None:
+            finished.append((unit, time.monotonic()))
+
+        with tempfile.TemporaryDirectory(prefix="segkd-plan-") as folder:
+            writer = _Writer(Path(folder) / "cache.zarr", spec, self.plan)
+            writer.clock = self._clock
+            inherited = opened.stage(self.plan)
+            stage = _Stage(**{f.name: getattr(inherited, f.name) for f in fields(Stage1)}, clock=self._clock)
+            warm_up, *others = self.plan.units
+            began = time.monotonic()
+            stage.run(writer, [warm_up], on_unit)
+            warm = time.monotonic()
+            self._clock.reset()
+            others = others[: int(max(2, min(seconds / (warm - began), len(others))))]
+            if others:
+                stage.run(writer, others, on_unit)
+            return self._measured(writer, finished, warm)
+
+    def _measured(self, writer: CacheWriter, finished: Sequence[tuple[Unit, float]], warm: float) -> Trial:
+        records = CacheReader(writer.root, partial=True).records()
+        arrays, index = target_arrays(writer.spec), shard_index_bytes(self.plan.spec.shard_tiles)
+        payload: Counter[str] = Counter(dict.fromkeys(arrays, 0))
+        table, merged, per_cell = 0, Statistics(), []
+        for record in records:
+            merged.merge(Statistics.from_dict(record["statistics"]))
+            before = payload.total()
+            for name, entry in record["objects"].items():
+                array = name.split("/")[0]
+                if array in arrays:
+                    payload[array] += entry["bytes"] - index
+                elif array == SAMPLES:
+                    table += entry["bytes"]
+            per_cell.append((payload.total() - before) / record["cells"])
+        timed, seconds = _steady([unit for unit, _ in finished], [at for _, at in finished], warm)
+        share = sum(unit.samples for unit in timed) / max(sum(unit.samples for unit, _ in finished[1:]), 1)
+        return Trial(
+            samples=sum(record["samples"] for record in records),
+            cells=sum(record["cells"] for record in records),
+            input_pixels=sum(self._input_pixels(unit) for unit, _ in finished),
+            payload=payload,
+            table_bytes=table,
+            record_bytes=sum(writer.generation.record_path(unit.number).stat().st_size for unit, _ in finished),
+            units=len(records),
+            spread_of_units=statistics.stdev(per_cell) / statistics.mean(per_cell) if len(per_cell) > 1 else 0.0,
+            statistics=merged,
+            timed=sum(unit.samples for unit in timed),
+            timed_pixels=sum(self._input_pixels(unit) for unit in timed),
+            seconds=seconds,
+            parts={part: share * spent for part, spent in self._clock.spent.items()},
+        )
+
+    def _input_pixels(self, unit: Unit) -> int:
+        preprocessing = self.opened.predictor.config.preprocessing
+        return sum(math.prod(placement(*sample.image_size, preprocessing)[0]) for sample in self.plan.of(unit))
+
+
+def _steady(units: Sequence[Unit], ended: Sequence[float], warm: float) -> tuple[Sequence[Unit], float]:
+    """The units of a run during which the loop was full, and their time.
+
+    From the end of one unit to the end of another, neither filling nor emptying the loop counts.
+    """
+    if len(units) < 2:
+        return units, ended[-1] - (ended[0] if len(units) > 1 else warm)
+    if len(units) < 4:
+        return units[1:], ended[-1] - warm
+    return units[2:], ended[-1] - ended[1]
+
+
+class _Clock:
+    """Seconds by part, added up over all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        self.spent: dict[str, float] = dict.fromkeys(("decode", "infer", "code", "write"), 0.0)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(part, time.monotonic() - began)
+
+    def add(self, part: str, seconds: float) -> None:
+        with self._lock:
+            self.spent[part] += seconds
+
+
+class _Observed(Predictor):
+    """A predictor that is timed, and remembers its answers as far as there is room."""
+
+    def __init__(self, predictor: Predictor, clock: _Clock) -> None:
+        vars(self).update(vars(predictor))
+        self._clock = clock
+        self._answers: dict[tuple[str, ...], tuple[Tensor, GridMapping]] = {}
+        self._room = REMEMBERED_BYTES
+
+    def infer(
+        self, prepared_N3HW: Tensor, image_size: tuple[int, int], names: Sequence[str] = ()
+    ) -> tuple[Tensor, GridMapping]:
+        known = self._answers.get(tuple(names))
+        if known is not None:
+            return known
+        with self._clock("infer"):
+            log_probs, mapping = super().infer(prepared_N3HW, image_size, names)
+            synchronise(self.device)
+        self._room -= log_probs.nbytes
+        if self._room >= 0:
+            self._answers[tuple(names)] = log_probs, mapping
+        return log_probs, mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage(Stage1):
+    """Stage 1 with a clock."""
+
+    clock: _Clock
+
+    def prepare(self, planned: PlannedSample) -> Prepared:
+        with self.clock("decode"):
+            return super().prepare(planned)
+
+    def _code_at_once(self, batch: Sequence[PlannedSample], inputs_N3HW: Tensor) -> dict[str, Coded]:
+        before = self.clock.spent["infer"]
+        with self.clock("code"):
+            coded = super()._code_at_once(batch, inputs_N3HW)
+        self.clock.add("code", before - self.clock.spent["infer"])
+        return coded
+
+
+class _Writer(CacheWriter):
+    """The cache's writer with a clock."""
+
+    clock: _Clock
+
+    def write(self, unit: Unit, coded: Sequence[CodedSample]) -> int | None:
+        with self.clock("write"):
+            return super().write(unit, coded)
