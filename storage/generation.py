@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.abc.buffer import Buffer as AnyBuffer
-from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from segkd.storage.errors import CacheExistsError
 from segkd.storage.layout import Plan
+from segkd.storage.packing import compressors
 from segkd.storage.publish import CLOSED, COMMITS, SEAL, read_document, read_signed, record_name
 from segkd.storage.spec import CacheSpec, PlanSpec
 from segkd.storage.table import as_bytes, directory_of, packed_ids, row_dtype
@@ -31,7 +31,6 @@ REMOVED = "removed"
 METADATA = "zarr.json"
 ONLY_CHUNK = "c/0/0"
 """The file of a table that has one chunk."""
-ZSTD_LEVEL = 19
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,9 @@ class Generation:
     def metadata_names(self) -> list[str]:
         """Every metadata file that its seal covers, by its name within the cache, in order."""
         arrays = [*target_arrays(self.spec), SAMPLES, UNITS]
-        names = [METADATA, *(f"{array}/{METADATA}" for array in [*arrays, COMMITS]), f"{UNITS}/{ONLY_CHUNK}"]
+        names = [METADATA, *(f"{array}/{METADATA}" for array in [*arrays, COMMITS])]
+        if self.plan.units:
+            names.append(f"{UNITS}/{ONLY_CHUNK}")
         if (self.array_folder(REMOVED) / METADATA).exists():
             names += [f"{REMOVED}/{METADATA}", f"{REMOVED}/{ONLY_CHUNK}"]
         return sorted([METADATA, f"{GENERATIONS}/{METADATA}", *(f"{self.name}/{name}" for name in names)])
@@ -163,14 +164,14 @@ def generation_documents(spec: CacheSpec, plan: Plan, number: int, removed: Sequ
             shards=(numbers.shard_tiles, channels, tile, tile),
             chunks=(1, channels, tile, tile),
             dtype=np.dtype(np.float16) if exact else spec.targets[target].coder.dtype,
-            compressors=_compressors(),
+            compressors=compressors(),
             filters=None,
             fill_value=0,
             dimension_names=("tile", "channel", "cell_y", "cell_x"),
         )
     _table(group, SAMPLES, numbers.units * numbers.unit_samples, numbers.unit_samples, row_dtype(spec, numbers))
     directory = directory_of(plan)
-    _table(group, UNITS, len(directory), len(directory), directory.dtype)[:] = as_bytes(directory)
+    _table(group, UNITS, len(directory), max(len(directory), 1), directory.dtype)[:] = as_bytes(directory)
     if removed:
         names = packed_ids(removed)
         _table(group, REMOVED, len(names), len(names), names.dtype)[:] = as_bytes(names)
@@ -183,19 +184,10 @@ def _table(group: zarr.Group, name: str, rows: int, chunk: int, dtype: np.dtype[
         shape=(rows, dtype.itemsize),
         chunks=(chunk, dtype.itemsize),
         dtype=np.uint8,
-        compressors=_compressors(),
+        compressors=compressors(),
         filters=None,
         fill_value=0,
         dimension_names=("row", "byte"),
     )
-    return always_written(array)
-
-
-def always_written(array: zarr.Array[Any]) -> zarr.Array[Any]:
-    """The array, writing every chunk, constant ones too: else a lost chunk and a flat one look alike."""
+    # Every chunk is written, a constant one too: else a lost one and a flat one look alike.
     return array.with_config({"write_empty_chunks": True})
-
-
-def _compressors() -> tuple[ZstdCodec, Crc32cCodec]:
-    # A crc32c over the compressed bytes also covers zstd's own header, which zstd's checksum does not.
-    return ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()

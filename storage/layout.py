@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
+
 from segkd.storage.errors import CacheError
 from segkd.storage.geometry import Mapping
 from segkd.storage.spec import PlanSpec
+
+UNIT_BYTES = 1 << 27
+"""Codes that a unit may have, padding included: they are in memory until the unit is written."""
+SHARD_TILES = 1024
+"""Tiles that a shard may have: a reader fetches the whole index of a shard, 16 bytes a tile, before its first tile."""
+ENTRY_COST = 16
+"""Bytes of a tile's entry in the index of its shard."""
+SHARD_COST = 2200
+"""Bytes that any shard costs besides: half a block of the file system, and a line in its unit's commit record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +82,22 @@ def tile_shape(grid: tuple[int, int], tile: int) -> tuple[int, int]:
     return -(-grid[0] // tile), -(-grid[1] // tile)
 
 
-def plan_units(samples: Sequence[PlannedSample], *, unit_samples: int, tile: int) -> Plan:
-    """The plan for a list of samples; their order does not matter. Raises CacheError for an empty or ambiguous list."""
+def plan_units(samples: Sequence[PlannedSample], *, unit_samples: int, tile: int, cell_bytes: int = 1) -> Plan:
+    """The plan for a list of samples; their order does not matter. An empty list has no units.
+
+    A unit has at most ``unit_samples`` samples and ``UNIT_BYTES`` of codes, of which a cell has ``cell_bytes`` over all
+    targets; a single sample that is larger has a unit to itself. Raises CacheError for an ambiguous list.
+    """
     ordered = tuple(sorted(samples, key=lambda sample: (sample.role, sample.id)))
-    if not ordered:
-        raise CacheError("there is no sample to cache; check the roles and the lists of the data")
-    names = [sample.id for sample in ordered]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CacheError(f"two samples have the id {twice!r}; ids must be unique in a cache")
-    # A unit of typical samples fills one shard; one of larger samples holds fewer of them, or takes several shards.
-    typical = statistics.median_high(sample.tiles(tile) for sample in ordered)
-    shard_tiles = min(unit_samples, len(ordered)) * typical
+    names = Counter(sample.id for sample in ordered)
+    if len(names) != len(ordered):
+        raise CacheError(f"two samples have the id {names.most_common(1)[0][0]!r}; ids must be unique in a cache")
+    unit_tiles = max(UNIT_BYTES // (tile * tile * cell_bytes), 1)
+    runs = list(_runs(ordered, unit_samples=unit_samples, unit_tiles=unit_tiles, tile=tile))
+    shard_tiles = _shard_tiles(Counter(sum(sizes) for _, sizes in runs))
     units: list[Unit] = []
     first_sample = first_shard = 0
-    for role, sizes in _runs(ordered, unit_samples=unit_samples, shard_tiles=shard_tiles, tile=tile):
+    for role, sizes in runs:
         shards = -(-sum(sizes) // shard_tiles)
         base = first_shard * shard_tiles
         units.append(
@@ -101,34 +113,47 @@ def plan_units(samples: Sequence[PlannedSample], *, unit_samples: int, tile: int
         )
         first_sample += len(sizes)
         first_shard += shards
-    roles = {role: sum(sample.role == role for sample in ordered) for role in sorted({s.role for s in ordered})}
     spec = PlanSpec(
         digest=_digest(ordered),
-        roles=roles,
+        roles=dict(sorted(Counter(sample.role for sample in ordered).items())),
         units=len(units),
         shards=first_shard,
         unit_samples=unit_samples,
         shard_tiles=shard_tiles,
-        name_bytes=max(len(name.encode()) for name in names),
+        name_bytes=max((len(name.encode()) for name in names), default=1),
     )
     return Plan(samples=ordered, units=tuple(units), spec=spec)
 
 
 def _runs(
-    samples: Sequence[PlannedSample], *, unit_samples: int, shard_tiles: int, tile: int
+    samples: Sequence[PlannedSample], *, unit_samples: int, unit_tiles: int, tile: int
 ) -> Iterator[tuple[str, list[int]]]:
     """Role and tile counts of each unit's samples, in order."""
     run: list[int] = []
-    role = samples[0].role
+    total, role = 0, ""
     for sample in samples:
         size = sample.tiles(tile)
-        full = len(run) == unit_samples or sum(run) + size > shard_tiles
-        if run and (full or sample.role != role):
+        if run and (len(run) == unit_samples or total + size > unit_tiles or sample.role != role):
             yield role, run
-            run = []
+            run, total = [], 0
         role = sample.role
         run.append(size)
-    yield role, run
+        total += size
+    if run:
+        yield role, run
+
+
+def _shard_tiles(units: Counter[int]) -> int:
+    """Tiles of a shard, such that shards cost least; ``units`` counts the units of each number of tiles.
+
+    A shard costs an index entry for every tile that it has room for, used or not, and what any file costs. Units are
+    of very different sizes where images are, but all shards of an array are alike.
+    """
+    tiles, count = np.array(list(units), np.int64), np.array(list(units.values()), np.int64)
+    frequent = [total for total, _ in sorted(units.items(), key=lambda item: (-item[1], item[0]))[:64]]
+    candidates = {min(-(-total // parts), SHARD_TILES) for total in frequent for parts in range(1, 65)}
+    costs = {size: int((count * -(-tiles // size)).sum()) * (SHARD_COST + ENTRY_COST * size) for size in candidates}
+    return min(costs, key=lambda size: (costs[size], size), default=1)
 
 
 def _digest(samples: Sequence[PlannedSample]) -> str:

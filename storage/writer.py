@@ -1,21 +1,19 @@
 """Writes a generation of a cache unit by unit.
 
-Shapes: codes channels,h,w of one sample; tiles channels,t,t.
+Shapes: codes channels,h,w of one sample.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.abc.buffer import Buffer as AnyBuffer
-from zarr.buffer.cpu import Buffer
-from zarr.storage import MemoryStore
 
 from segkd.storage.coding import EXACT
 from segkd.storage.errors import CacheError, CacheExistsError, CacheMismatchError
@@ -24,14 +22,14 @@ from segkd.storage.generation import (
     METADATA,
     SAMPLES,
     Generation,
-    always_written,
     generation_documents,
     generations_of,
     read_spec,
     root_documents,
     target_arrays,
 )
-from segkd.storage.layout import Plan, Unit, tile_shape
+from segkd.storage.layout import Plan, Unit
+from segkd.storage.packing import encode_chunk, pack_shards, threads
 from segkd.storage.publish import UnitPublisher, create_whole, explained, read_document, remove_synced
 from segkd.storage.sealing import seal_generation
 from segkd.storage.spec import CacheSpec, require_equal
@@ -56,6 +54,8 @@ class CacheWriter:
         self.plan = plan
         self.generation = Generation(self.root, spec, generation, plan.spec)
         self.publisher = UnitPublisher(self.root, self.generation.folder)
+        if not plan.units and not generation:
+            raise CacheError("there is no sample to cache; check the roles and the lists of the data")
         self._documents = generation_documents(spec, plan, generation, removed)
         with explained(self.root):
             self._create_or_compare()
@@ -164,8 +164,8 @@ class CacheWriter:
     def _object_names(self, unit: Unit) -> list[str]:
         """Every object that the unit may have; which ones it has depends on the rungs of its samples."""
         shards = range(unit.first_shard, unit.first_shard + unit.shards)
-        names = [f"{array}/c/{shard}/0/0/0" for array in target_arrays(self.spec) for shard in shards]
-        return [*names, f"{SAMPLES}/c/{unit.number}/0"]
+        names = [shard_name(array, shard) for array in target_arrays(self.spec) for shard in shards]
+        return [*names, table_name(unit.number)]
 
     def _rows(self, unit: Unit, coded: Sequence[CodedSample]) -> npt.NDArray[Any]:
         """The unit's chunk of the sample table, zero beyond its samples."""
@@ -175,31 +175,28 @@ class CacheWriter:
         return rows
 
     def _encode(self, unit: Unit, coded: Sequence[CodedSample], rows: npt.NDArray[Any]) -> dict[str, bytes]:
-        """The unit's objects by their names in the generation's folder, as zarr writes them."""
-        objects: dict[str, AnyBuffer] = {name: Buffer.from_bytes(content) for name, content in self._documents.items()}
-        group = zarr.open_group(MemoryStore(objects), mode="r+", zarr_format=3)
-        for name, (target, exact) in target_arrays(self.spec).items():
-            array = _array(group, name)
-            for first, sample in zip(unit.first_tiles, coded, strict=True):
-                if (sample.rungs[target] == EXACT) == exact:
-                    tiles = cut_into_tiles(sample.codes[target], self.spec.tile, array.dtype)
-                    array[first : first + len(tiles)] = tiles
-        start = unit.first_row(self.plan.spec)
-        _array(group, SAMPLES)[start : start + len(rows)] = as_bytes(rows)
-        return {name: content.to_bytes() for name, content in objects.items() if name not in self._documents}
+        """The unit's objects by their names in the generation's folder."""
+        objects: dict[str, bytes] = {}
+        with ThreadPoolExecutor(threads()) as executor:
+            for name, (target, exact) in target_arrays(self.spec).items():
+                samples = zip(unit.first_tiles, coded, strict=True)
+                shards = pack_shards(
+                    [(first, it.codes[target]) for first, it in samples if (it.rungs[target] == EXACT) == exact],
+                    tile=self.spec.tile,
+                    shard_tiles=self.plan.spec.shard_tiles,
+                    dtype=np.dtype(np.float16) if exact else self.spec.targets[target].coder.dtype,
+                    executor=executor,
+                )
+                objects.update({shard_name(name, shard): content for shard, content in shards})
+        objects[table_name(unit.number)] = encode_chunk(as_bytes(rows))
+        return objects
 
 
-def cut_into_tiles(codes: npt.NDArray[Any], tile: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Codes channels,h,w as tiles ``(number, channels, tile, tile)``, row by row, zero beyond the grid."""
-    channels, height, width = codes.shape
-    rows, columns = tile_shape((height, width), tile)
-    padded = np.zeros((channels, rows * tile, columns * tile), dtype)
-    padded[:, :height, :width] = codes
-    split = padded.reshape(channels, rows, tile, columns, tile)
-    return split.transpose(1, 3, 0, 2, 4).reshape(rows * columns, channels, tile, tile)
+def shard_name(array: str, shard: int) -> str:
+    """Where a shard of a target's array stands in its generation's folder."""
+    return f"{array}/c/{shard}/0/0/0"
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    return always_written(array)
+def table_name(unit: int) -> str:
+    """Where a unit's chunk of the sample table stands in its generation's folder."""
+    return f"{SAMPLES}/c/{unit}/0"

@@ -1,0 +1,93 @@
+"""From codes to the bytes of shards and chunks, exactly as zarr would write them, by several threads.
+
+Zarr goes through an array of the whole unit and an event loop; this goes from a tile's codes to its bytes. What comes
+out does not depend on the number of threads. Shapes: codes channels,h,w of one sample; tiles channels,t,t.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from segkd.storage.layout import tile_shape
+
+ZSTD_LEVEL = 19
+EMPTY = (1 << 64) - 1
+"""Offset and length of a tile that is not there, in a shard's index."""
+
+
+def compressors() -> tuple[BytesBytesCodec, ...]:
+    """What :func:`encode_chunk` does, as an array's metadata say it."""
+    # A crc32c over the compressed bytes also covers zstd's own header, which zstd's checksum does not.
+    return ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()
+
+
+def encode_chunk(chunk: npt.NDArray[np.generic]) -> bytes:
+    """A chunk's bytes: little-endian, zstd, crc32c."""
+    plain = np.ascontiguousarray(chunk, chunk.dtype.newbyteorder("<"))
+    return _checksummed(bytes(Zstd(ZSTD_LEVEL).encode(plain.tobytes())))
+
+
+def pack_shards(
+    samples: Iterable[tuple[int, npt.NDArray[np.generic]]],
+    *,
+    tile: int,
+    shard_tiles: int,
+    dtype: np.dtype[np.generic],
+    executor: Executor,
+) -> Iterator[tuple[int, bytes]]:
+    """Numbers and bytes of the shards that hold ``samples``: of each its first tile's number and its codes."""
+    jobs = [
+        (first + number, codes, number)
+        for first, codes in samples
+        for number in range(int(np.prod(tile_shape((codes.shape[1], codes.shape[2]), tile))))
+    ]
+    encoded = executor.map(lambda job: encode_chunk(cut_tile(job[1], job[2], tile, dtype)), jobs)
+    shards: dict[int, dict[int, bytes]] = {}
+    for (place, *_), content in zip(jobs, encoded, strict=True):
+        shard, number = divmod(place, shard_tiles)
+        shards.setdefault(shard, {})[number] = content
+    for shard, tiles in shards.items():
+        yield shard, _shard(tiles, shard_tiles)
+
+
+def cut_tile(
+    codes: npt.NDArray[np.generic], number: int, tile: int, dtype: np.dtype[np.generic]
+) -> npt.NDArray[np.generic]:
+    """One of the tiles that codes channels,h,w are cut into, row by row; zero beyond the grid."""
+    channels, height, width = codes.shape
+    row, column = divmod(number, tile_shape((height, width), tile)[1])
+    part = codes[:, row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
+    cut = np.zeros((channels, tile, tile), dtype)
+    cut[:, : part.shape[1], : part.shape[2]] = part
+    return cut
+
+
+def threads() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _shard(tiles: dict[int, bytes], shard_tiles: int) -> bytes:
+    """The tiles one after another, then the index: offset and length of every tile of the shard, with a crc32c."""
+    index = np.full((shard_tiles, 2), EMPTY, "<u8")
+    offset = 0
+    for number, content in sorted(tiles.items()):
+        index[number] = offset, len(content)
+        offset += len(content)
+    return b"".join([*(content for _, content in sorted(tiles.items())), _checksummed(index.tobytes())])
+
+
+def _checksummed(content: bytes) -> bytes:
+    return content + struct.pack("<I", google_crc32c.value(content))
