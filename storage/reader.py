@@ -139,18 +139,18 @@ class CacheReader:
     @cached_property
     def _entries(self) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
-        last = -1
-        for record in self.records():
-            generation = self.generations[record["generation"]]
-            if generation.number != last:
-                last = generation.number
-                for name in generation.removed:
-                    entries.pop(name, None)
-            first = record["unit"] * generation.plan.unit_samples
-            packed = np.ascontiguousarray(self._read((last, SAMPLES), first, first + record["samples"]))
-            for number, row in enumerate(packed.view(generation.row_dtype())[:, 0], first):
-                entry = entry_of(row, self.spec, generation=last, unit=record["unit"], number=number)
-                entries[entry.id] = entry
+        records = self.records()
+        for generation in self.generations:
+            for name in generation.removed:
+                entries.pop(name, None)
+            for record in (record for record in records if record["generation"] == generation.number):
+                first = record["unit"] * generation.plan.unit_samples
+                packed = np.ascontiguousarray(
+                    self._read((generation.number, SAMPLES), first, first + record["samples"])
+                )
+                for number, row in enumerate(packed.view(generation.row_dtype())[:, 0], first):
+                    entry = entry_of(row, self.spec, generation=generation.number, unit=record["unit"], number=number)
+                    entries[entry.id] = entry
         return entries
 
 

@@ -134,6 +134,14 @@ def test_a_generation_adds_replaces_and_removes_and_changes_no_file(tmp_path: Pa
     assert all(name.startswith("generations/1/") for name in after.keys() - before.keys())
 
 
+def test_a_generation_may_only_remove(tmp_path: Path) -> None:
+    first(tmp_path / "c.zarr").seal()
+    removal = CacheWriter(tmp_path / "c.zarr", spec(), plan([]), generation=1, removed=["train/3", "report/0"])
+    assert removal.pending() == []
+    assert removal.seal()
+    assert ids(tmp_path / "c.zarr") == sorted({*FIRST} - {"train/3", "report/0"})
+
+
 def test_seals_are_a_chain_and_cover_the_metadata(tmp_path: Path) -> None:
     two(tmp_path / "c.zarr")
     seals = [publish.read_signed(tmp_path / f"c.zarr/generations/{g}/commits/seal.json") for g in range(2)]
