@@ -17,7 +17,7 @@ from segkd.pipeline.config import RunConfig
 from segkd.pipeline.progress import SILENT, Progress, Task
 from segkd.pipeline.teacher.budget import resolve_budget
 from segkd.pipeline.teacher.opened import open_run
-from segkd.storage.layout import Unit, plan_units
+from segkd.storage.layout import Unit
 from segkd.storage.publish import explained
 from segkd.storage.reader import CacheReader
 from segkd.storage.writer import CacheWriter
@@ -77,7 +77,7 @@ def teacher_cache(run: RunConfig, *, progress: Progress = SILENT) -> CacheSummar
     """
     run = resolve_budget(run)
     opened, config = open_run(run), run.cache
-    plan = plan_units(opened.planned, unit_samples=config.unit_samples, tile=config.tile)
+    plan = opened.units(opened.planned)
     writer = CacheWriter(config.path, opened.spec, plan)
     stage = opened.stage(plan)
     began = time.monotonic()

@@ -17,7 +17,7 @@ from segkd.pipeline.teacher.fingerprints import fingerprints, portable
 from segkd.pipeline.teacher.loop import Stage1
 from segkd.pipeline.teacher.targets import TARGETS
 from segkd.storage.errors import DataError
-from segkd.storage.layout import Plan, PlannedSample
+from segkd.storage.layout import Plan, PlannedSample, plan_units
 from segkd.storage.spec import CacheSpec, TargetSpec
 
 
@@ -33,6 +33,16 @@ class Opened:
     planned: list[PlannedSample]
     """The same samples with their sizes and grids."""
     spec: CacheSpec
+
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes of a cell's codes, over all targets."""
+        return sum(target.channels * target.coder.dtype.itemsize for target in self.spec.targets.values())
+
+    def units(self, samples: Sequence[PlannedSample]) -> Plan:
+        """The units of these samples, all of them or the newly added ones."""
+        config = self.config
+        return plan_units(samples, unit_samples=config.unit_samples, tile=config.tile, cell_bytes=self.cell_bytes)
 
     def stage(self, plan: Plan) -> Stage1:
         """Stage 1 over a plan of these samples."""

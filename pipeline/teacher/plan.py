@@ -18,7 +18,7 @@ from segkd.pipeline.teacher.budget import resolve_budget
 from segkd.pipeline.teacher.opened import Opened, open_run
 from segkd.pipeline.teacher.trial import TRIED, Trials
 from segkd.pipeline.teacher.volume import Volume, exact_share, foretell
-from segkd.storage.layout import Plan, plan_units
+from segkd.storage.layout import UNIT_BYTES, Plan
 
 TRIAL_SECONDS = 45.0
 """About so long the trial runs once the teacher is warm; it has two units at least."""
@@ -29,8 +29,6 @@ CHECKED = 8
 UNIT_SECONDS = (30.0, 180.0)
 """A unit that takes less makes more files than it need, one that takes more loses more with an interruption."""
 PROPOSED_SECONDS = 90.0
-UNIT_BYTES = 512 * 2**20
-"""Most that the codes of a proposed unit take in memory, where they stay until the unit is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +124,7 @@ def plan(run: RunConfig, *, samples: int = TRIED) -> Foretold:
     opened = open_run(run)
     config = resolve_budget(run, opened).cache
     tried = Trials(opened, samples).run(config, seconds=TRIAL_SECONDS)
-    units = plan_units(opened.planned, unit_samples=config.unit_samples, tile=config.tile)
+    units = opened.units(opened.planned)
     volume = foretell(opened, units, tried)
     an_image = tried.seconds / tried.timed_pixels * _input_pixels(opened) / len(opened.planned)
     seconds = an_image * len(opened.planned)
@@ -179,9 +177,8 @@ def _proposed(opened: Opened, plan: Plan, an_image: float) -> int | None:
     low, high = UNIT_SECONDS
     now = len(plan.samples) / len(plan.units) * an_image
     cells = sum(math.prod(sample.mapping.shape) for sample in plan.samples) / len(plan.samples)
-    code_bytes = cells * sum(target.channels * target.coder.dtype.itemsize for target in opened.spec.targets.values())
-    # Enough units are left to share the work out.
-    most = min(UNIT_BYTES / code_bytes, len(plan.samples) / 8)
+    # No unit has more codes, and enough units are left to share the work out.
+    most = min(UNIT_BYTES / (cells * opened.cell_bytes), len(plan.samples) / 8)
     proposed = max(min(round(PROPOSED_SECONDS / an_image), int(most)), 1)
     proposed -= proposed % opened.config.batch if proposed > opened.config.batch else 0
     better = proposed >= 2 * plan.spec.unit_samples if now < low else 2 * proposed <= plan.spec.unit_samples

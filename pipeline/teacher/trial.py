@@ -85,10 +85,10 @@ class Trial:
 
 
 class Trials:
-    """Trials of one choice of samples at any bound; the teacher's answers are kept from one to the next."""
+    """Trials of one choice of samples at any bound."""
 
-    def __init__(self, opened: Opened, count: int) -> None:
-        """``count`` samples, or as many as there are."""
+    def __init__(self, opened: Opened, count: int, *, remember: bool = False) -> None:
+        """``count`` samples, or as many as there are; ``remember`` the teacher's answers for trials at other bounds."""
         self.opened = opened
         chosen = spread(opened.planned, count)
         batch = min(opened.config.batch, max(len(chosen) // 4, 1))
@@ -105,7 +105,7 @@ class Trials:
         )
         self._samples = {name: opened.samples[sample.id] for name, sample in named.items()}
         self._clock = _Clock()
-        self._predictor = _Observed(opened.predictor, self._clock)
+        self._predictor = _Observed(opened.predictor, self._clock, room=REMEMBERED_BYTES if remember else 0)
 
     def run(self, config: CacheConfig, *, seconds: float = math.inf) -> Trial:
         """The samples through stage 1 with the targets of ``config``; about ``seconds`` long, two units at least.
@@ -210,11 +210,10 @@ class _Clock:
 class _Observed(Predictor):
     """A predictor that is timed, and remembers its answers as far as there is room."""
 
-    def __init__(self, predictor: Predictor, clock: _Clock) -> None:
+    def __init__(self, predictor: Predictor, clock: _Clock, *, room: int) -> None:
         vars(self).update(vars(predictor))
-        self._clock = clock
+        self._clock, self._room = clock, room
         self._answers: dict[tuple[str, ...], tuple[Tensor, GridMapping]] = {}
-        self._room = REMEMBERED_BYTES
 
     def infer(
         self, prepared_N3HW: Tensor, image_size: tuple[int, int], names: Sequence[str] = ()
@@ -225,8 +224,8 @@ class _Observed(Predictor):
         with self._clock("infer"):
             log_probs, mapping = super().infer(prepared_N3HW, image_size, names)
             synchronise(self.device)
-        self._room -= log_probs.nbytes
-        if self._room >= 0:
+        if log_probs.nbytes <= self._room:
+            self._room -= log_probs.nbytes
             self._answers[tuple(names)] = log_probs, mapping
         return log_probs, mapping
 
