@@ -102,6 +102,11 @@ class CacheSpec:
     teacher: Mapping[str, Any]
     """The teacher's description, for people; nothing is ever loaded from here."""
 
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes of a cell's codes, over all targets."""
+        return sum(target.channels * target.coder.dtype.itemsize for target in self.targets.values())
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON keeps it."""
         return {

@@ -34,15 +34,10 @@ class Opened:
     """The same samples with their sizes and grids."""
     spec: CacheSpec
 
-    @property
-    def cell_bytes(self) -> int:
-        """Bytes of a cell's codes, over all targets."""
-        return sum(target.channels * target.coder.dtype.itemsize for target in self.spec.targets.values())
-
     def units(self, samples: Sequence[PlannedSample]) -> Plan:
         """The units of these samples, all of them or the newly added ones."""
         config = self.config
-        return plan_units(samples, unit_samples=config.unit_samples, tile=config.tile, cell_bytes=self.cell_bytes)
+        return plan_units(samples, unit_samples=config.unit_samples, tile=config.tile, cell_bytes=self.spec.cell_bytes)
 
     def stage(self, plan: Plan) -> Stage1:
         """Stage 1 over a plan of these samples."""

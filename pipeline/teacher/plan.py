@@ -178,7 +178,7 @@ def _proposed(opened: Opened, plan: Plan, an_image: float) -> int | None:
     now = len(plan.samples) / len(plan.units) * an_image
     cells = sum(math.prod(sample.mapping.shape) for sample in plan.samples) / len(plan.samples)
     # No unit has more codes, and enough units are left to share the work out.
-    most = min(UNIT_BYTES / (cells * opened.cell_bytes), len(plan.samples) / 8)
+    most = min(UNIT_BYTES / (cells * opened.spec.cell_bytes), len(plan.samples) / 8)
     proposed = max(min(round(PROPOSED_SECONDS / an_image), int(most)), 1)
     proposed -= proposed % opened.config.batch if proposed > opened.config.batch else 0
     better = proposed >= 2 * plan.spec.unit_samples if now < low else 2 * proposed <= plan.spec.unit_samples
