@@ -147,7 +147,9 @@ def imported(path: Path) -> set[str]:
 def test_every_third_party_import_is_a_declared_dependency() -> None:
     """An import is traced to the distribution that brings it: a dependency's dependency must not pass for ours."""
     extras = PROJECT["project"]["optional-dependencies"]
-    declared = {canonicalize_name(Requirement(text).name) for text in DEPENDENCIES + extras["tensorboard"]}
+    declared = {
+        canonicalize_name(Requirement(text).name) for text in DEPENDENCIES + extras["dense"] + extras["tensorboard"]
+    }
     providers = importlib.metadata.packages_distributions()
     undeclared = {
         f"{path.relative_to(ROOT)} imports {module}"
