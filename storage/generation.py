@@ -19,7 +19,7 @@ from zarr.storage import MemoryStore
 
 from segkd.storage.errors import CacheExistsError
 from segkd.storage.layout import Plan
-from segkd.storage.packing import compressors
+from segkd.storage.packing import zarr_codecs
 from segkd.storage.publish import CLOSED, COMMITS, SEAL, read_document, read_signed, record_name
 from segkd.storage.spec import CacheSpec, PlanSpec
 from segkd.storage.table import as_bytes, directory_of, packed_ids, row_dtype
@@ -164,10 +164,9 @@ def generation_documents(spec: CacheSpec, plan: Plan, number: int, removed: Sequ
             shards=(numbers.shard_tiles, channels, tile, tile),
             chunks=(1, channels, tile, tile),
             dtype=np.dtype(np.float16) if exact else spec.targets[target].coder.dtype,
-            compressors=compressors(),
-            filters=None,
             fill_value=0,
             dimension_names=("tile", "channel", "cell_y", "cell_x"),
+            **zarr_codecs("zstd" if exact else spec.targets[target].codec),
         )
     _table(group, SAMPLES, numbers.units * numbers.unit_samples, numbers.unit_samples, row_dtype(spec, numbers))
     directory = directory_of(plan)
@@ -184,10 +183,9 @@ def _table(group: zarr.Group, name: str, rows: int, chunk: int, dtype: np.dtype[
         shape=(rows, dtype.itemsize),
         chunks=(chunk, dtype.itemsize),
         dtype=np.uint8,
-        compressors=compressors(),
-        filters=None,
         fill_value=0,
         dimension_names=("row", "byte"),
+        **zarr_codecs("zstd"),
     )
     # Every chunk is written, a constant one too: else a lost one and a flat one look alike.
     return array.with_config({"write_empty_chunks": True})

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
-from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from segkd.storage.errors import ConfigError
 from segkd.storage.layout import tile_shape
 
 ZSTD_LEVEL = 19
@@ -25,16 +26,26 @@ EMPTY = (1 << 64) - 1
 """Offset and length of a tile that is not there, in a shard's index."""
 
 
-def compressors() -> tuple[BytesBytesCodec, ...]:
-    """What :func:`encode_chunk` does, as an array's metadata say it."""
+def zarr_codecs(codec: str) -> dict[str, Any]:
+    """What :func:`encode_chunk` does with this codec, as ``zarr.create_array`` is told. Raises ConfigError."""
+    if codec not in ENCODERS:
+        raise ConfigError(f"the codec {codec!r} is none of {', '.join(sorted(ENCODERS))}; choose one of these")
     # A crc32c over the compressed bytes also covers zstd's own header, which zstd's checksum does not.
-    return ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()
+    return {"compressors": (ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()), "filters": None}
 
 
-def encode_chunk(chunk: npt.NDArray[np.generic]) -> bytes:
-    """A chunk's bytes: little-endian, zstd, crc32c."""
+def encode_chunk(chunk: npt.NDArray[np.generic], codec: str = "zstd") -> bytes:
+    """A chunk's bytes: what the codec makes of it, and a crc32c of that. :mod:`segkd.storage.chunks` reads them."""
+    return _checksummed(ENCODERS[codec](chunk))
+
+
+def _zstd(chunk: npt.NDArray[np.generic]) -> bytes:
     plain = np.ascontiguousarray(chunk, chunk.dtype.newbyteorder("<"))
-    return _checksummed(bytes(Zstd(ZSTD_LEVEL).encode(plain.tobytes())))
+    return bytes(Zstd(ZSTD_LEVEL).encode(plain.tobytes()))
+
+
+ENCODERS: dict[str, Callable[[npt.NDArray[np.generic]], bytes]] = {"zstd": _zstd}
+"""How an array becomes bytes, by each codec that a specification may name."""
 
 
 def pack_shards(
@@ -43,6 +54,7 @@ def pack_shards(
     tile: int,
     shard_tiles: int,
     dtype: np.dtype[np.generic],
+    codec: str,
     executor: Executor,
 ) -> Iterator[tuple[int, bytes]]:
     """Numbers and bytes of the shards that hold ``samples``: of each its first tile's number and its codes."""
@@ -51,7 +63,7 @@ def pack_shards(
         for first, codes in samples
         for number in range(int(np.prod(tile_shape((codes.shape[1], codes.shape[2]), tile))))
     ]
-    encoded = executor.map(lambda job: encode_chunk(cut_tile(job[1], job[2], tile, dtype)), jobs)
+    encoded = executor.map(lambda job: encode_chunk(cut_tile(job[1], job[2], tile, dtype), codec), jobs)
     shards: dict[int, dict[int, bytes]] = {}
     for (place, *_), content in zip(jobs, encoded, strict=True):
         shard, number = divmod(place, shard_tiles)

@@ -185,6 +185,7 @@ class CacheWriter:
                     tile=self.spec.tile,
                     shard_tiles=self.plan.spec.shard_tiles,
                     dtype=np.dtype(np.float16) if exact else self.spec.targets[target].coder.dtype,
+                    codec="zstd" if exact else self.spec.targets[target].codec,
                     executor=executor,
                 )
                 objects.update({shard_name(name, shard): content for shard, content in shards})

@@ -32,12 +32,13 @@ from segkd.storage.errors import (
     CacheExistsError,
     CacheMismatchError,
     CacheNotFoundError,
+    ConfigError,
     IncompleteCacheError,
 )
 from segkd.storage.generation import read_spec
 from segkd.storage.geometry import Mapping, network_axis
 from segkd.storage.layout import Plan, PlannedSample, plan_units, tile_shape
-from segkd.storage.packing import compressors, cut_tile, pack_shards
+from segkd.storage.packing import cut_tile, pack_shards, zarr_codecs
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import CacheSpec, TargetSpec, require_equal
 from segkd.storage.statistics import Measure
@@ -155,6 +156,11 @@ def test_an_empty_list_and_an_id_twice_are_refused(tmp_path: Path) -> None:
         plan_units([planned(1, (8, 8)), planned(1, (9, 9))], unit_samples=1, tile=8)
 
 
+def test_an_unknown_codec_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^the codec 'gzip' is none of .*zstd; choose one of these$"):
+        zarr_codecs("gzip")
+
+
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 9))
 def test_tiles_are_cut_row_by_row(height: int, width: int, tile: int) -> None:
     codes = np.arange(1, 2 * height * width + 1, dtype=np.int64).reshape(2, height, width)
@@ -180,9 +186,8 @@ def test_shards_are_those_that_zarr_writes_whatever_the_threads(dtype: str, thre
         shards=(4, 2, TILE, TILE),
         chunks=(1, 2, TILE, TILE),
         dtype=dtype,
-        compressors=compressors(),
-        filters=None,
         fill_value=0,
+        **zarr_codecs("zstd"),
         config={"write_empty_chunks": False},
     )
     placed = [(1, codes[0]), (8, codes[1][:, :8])]
@@ -192,7 +197,8 @@ def test_shards_are_those_that_zarr_writes_whatever_the_threads(dtype: str, thre
             [cut_tile(values, k, TILE, values.dtype) for k in range(count[0] * count[1])]
         )
     with ThreadPoolExecutor(threads) as executor:
-        packed = dict(pack_shards(placed, tile=TILE, shard_tiles=4, dtype=codes[0].dtype, executor=executor))
+        shards = pack_shards(placed, tile=TILE, shard_tiles=4, dtype=codes[0].dtype, codec="zstd", executor=executor)
+        packed = dict(shards)
     expected = {name: content.to_bytes() for name, content in documents.items() if name != "zarr.json"}
     assert {f"c/{shard}/0/0/0": content for shard, content in packed.items()} == expected
 
