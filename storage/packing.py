@@ -18,6 +18,8 @@ import numpy.typing as npt
 from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from segkd.storage import context
+from segkd.storage.context_codec import ContextCodec
 from segkd.storage.errors import ConfigError
 from segkd.storage.layout import tile_shape
 
@@ -30,6 +32,9 @@ def zarr_codecs(codec: str) -> dict[str, Any]:
     """What :func:`encode_chunk` does with this codec, as ``zarr.create_array`` is told. Raises ConfigError."""
     if codec not in ENCODERS:
         raise ConfigError(f"the codec {codec!r} is none of {', '.join(sorted(ENCODERS))}; choose one of these")
+    if codec == "context":
+        context.kernels()
+        return {"serializer": ContextCodec(), "compressors": (Crc32cCodec(),), "filters": None}
     # A crc32c over the compressed bytes also covers zstd's own header, which zstd's checksum does not.
     return {"compressors": (ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()), "filters": None}
 
@@ -44,7 +49,7 @@ def _zstd(chunk: npt.NDArray[np.generic]) -> bytes:
     return bytes(Zstd(ZSTD_LEVEL).encode(plain.tobytes()))
 
 
-ENCODERS: dict[str, Callable[[npt.NDArray[np.generic]], bytes]] = {"zstd": _zstd}
+ENCODERS: dict[str, Callable[[npt.NDArray[Any]], bytes]] = {"zstd": _zstd, "context": context.encode}
 """How an array becomes bytes, by each codec that a specification may name."""
 
 
