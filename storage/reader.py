@@ -5,55 +5,60 @@ Shapes: codes channels,h,w of one window; values S,channels,h,w.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from segkd.storage.coding import EXACT, Array
-from segkd.storage.errors import CacheDamagedError, CacheMismatchError, CacheNotFoundError, IncompleteCacheError
-from segkd.storage.generation import METADATA, SAMPLES, Generation, generations_of, read_spec, target_arrays
+from segkd.storage.errors import CacheDamagedError, CacheMismatchError, GeometryError
+from segkd.storage.generation import Generation, target_arrays
 from segkd.storage.layout import tile_shape
+from segkd.storage.lookup import Lookup
+from segkd.storage.opening import open_cache
 from segkd.storage.publish import read_signed
-from segkd.storage.spec import CacheSpec
+from segkd.storage.shards import ShardReader, TileArray
 from segkd.storage.statistics import Statistics
-from segkd.storage.table import Entry, entry_of
+from segkd.storage.table import Entry
+
+
+class WindowRequest(NamedTuple):
+    """A rectangle of the cells of one sample's target."""
+
+    entry: Entry
+    target: str
+    rows: range
+    columns: range
 
 
 class CacheReader:
-    """A cache, opened for reading. Picklable; every process opens its own files, when it first needs them.
+    """A cache, opened for reading; threads may share it. Picklable; files are opened when they are first needed.
 
-    Raises CacheNotFoundError, CacheMismatchError for another format and IncompleteCacheError for a cache that
-    is not sealed, unless ``partial`` says that its finished units will do.
+    Opening and memory do not grow with the number of samples: see the constants of :mod:`segkd.storage.shards`.
+
+    Raises CacheNotFoundError, CacheMismatchError for another format, CacheDamagedError where metadata are lost or
+    damaged, and IncompleteCacheError for a cache that is not sealed, unless ``partial`` says that its finished units
+    will do.
     """
 
     def __init__(self, path: str | Path, *, partial: bool = False) -> None:
         self.path = Path(path)
-        if not (self.path / METADATA).exists():
-            raise CacheNotFoundError(f"there is no cache at {self.path}; write one with segkd teacher-cache")
-        self.spec: CacheSpec = read_spec(self.path)
-        found = generations_of(self.path, self.spec)
-        self.sealed = bool(found) and all(generation.sealed for generation in found)
-        first_is_done = bool(found) and found[0].sealed
-        if not first_is_done and not partial:
-            done, units = (len(found[0].committed()), found[0].plan.units) if found else (0, "its")
-            raise IncompleteCacheError(
-                f"{self.path} is not finished: {done} of {units} units are written; "
-                "run segkd teacher-cache again to finish it"
-            )
-        self.generations: list[Generation] = []
-        for generation in found:
-            if not generation.sealed and not partial:
-                break
-            self.generations.append(generation)
+        # Sealed: every generation is finished, those that do not count yet included.
+        self.spec, opened, self.sealed = open_cache(self.path, partial=partial)
+        self._shards = ShardReader()
+        self._lookups = [Lookup(each.generation, each.seal, self._shards) for each in opened]
+        self._seals = [each.seal for each in opened]
+        self._arrays = [
+            {name: _tile_array(generation, name, exact) for name, (_, exact) in target_arrays(self.spec).items()}
+            for generation in self.generations
+        ]
 
-    def __getstate__(self) -> dict[str, Any]:
-        kept = ("path", "spec", "sealed", "generations")
-        return {name: value for name, value in vars(self).items() if name in kept}
+    @property
+    def generations(self) -> list[Generation]:
+        """The generations that count."""
+        return [lookup.generation for lookup in self._lookups]
 
     def records(self) -> list[dict[str, Any]]:
         """The commit records, in the order of units. Raises CacheDamagedError where a finished cache has lost one."""
@@ -71,39 +76,69 @@ class CacheReader:
     def statistics(self) -> Statistics:
         """What the coding of all written units has cost."""
         total = Statistics()
-        for record in self.records():
-            total.merge(Statistics.from_dict(record["statistics"]))
+        unfinished = {opened for opened, seal in enumerate(self._seals) if seal is None}
+        records = self.records() if unfinished else []
+        for seal in (*self._seals, *(record for record in records if record["generation"] in unfinished)):
+            if seal is not None:
+                total.merge(Statistics.from_dict(seal["statistics"]))
         return total
 
-    def entries(self, *roles: str) -> Sequence[Entry]:
-        """The samples of the given roles (of all, if none is given), in cache order."""
-        return [entry for entry in self._entries.values() if not roles or entry.role in roles]
+    def entries(self, *roles: str) -> Entries:
+        """The samples of the given roles (of all, if none is given), in cache order, read as they are asked for."""
+        return Entries(self._lookups, roles)
+
+    def count(self, *roles: str) -> int:
+        """How many samples of the given roles (of all, if none is given) there are."""
+        return len(self.entries(*roles))
 
     def entry(self, sample_id: str) -> Entry:
-        """The sample of that id. Raises CacheMismatchError when the cache does not hold it."""
-        try:
-            return self._entries[sample_id]
-        except KeyError:
-            raise CacheMismatchError(
-                f"{self.path} holds no sample {sample_id!r}; its lists differ from the data's: "
-                "write a cache of these samples with segkd teacher-cache"
-            ) from None
+        """The sample of that id.
+
+        Raises CacheMismatchError when the cache does not hold it, CacheDamagedError when its row is lost or damaged.
+        """
+        failure = None
+        for lookup in reversed(self._lookups):
+            try:
+                found = lookup.find(sample_id)
+            except CacheDamagedError as error:  # an earlier generation may have it still
+                failure, found = error, None
+            if found is not None:
+                return found
+            if lookup.removes(sample_id):
+                break
+        raise failure or CacheMismatchError(
+            f"{self.path} holds no sample {sample_id!r}; its lists differ from the data's: "
+            "write a cache of these samples with segkd teacher-cache"
+        )
 
     def window(self, entry: Entry, target: str, rows: range, columns: range) -> npt.NDArray[Any]:
         """Codes ``(channels, len(rows), len(columns))`` of a rectangle of the sample's cells.
 
-        Only the tiles that the window overlaps are read. Raises CacheDamagedError for one that is lost or damaged.
+        They are float16 where the sample is on the rung EXACT of the target. Only the tiles that the window overlaps
+        are read. Raises CacheDamagedError for one that is lost or damaged, GeometryError for a window that leaves the
+        sample's grid.
         """
-        spec, tile = self.spec.targets[target], self.spec.tile
-        across = tile_shape(entry.mapping.shape, tile)[1]
-        exact = entry.rungs[target] == EXACT
-        array = f"{target}_exact" if exact else target
-        codes = np.empty((spec.channels, len(rows), len(columns)), np.float16 if exact else spec.coder.dtype)
-        for tile_row, in_rows, out_rows in _overlaps(rows, tile):
-            for tile_column, in_columns, out_columns in _overlaps(columns, tile):
-                number = entry.first_tile + tile_row * across + tile_column
-                codes[:, out_rows, out_columns] = self._read((entry.generation, array), number)[:, in_rows, in_columns]
-        return codes
+        return self.windows([WindowRequest(entry, target, rows, columns)])[0]
+
+    def windows(self, requests: Sequence[WindowRequest]) -> list[npt.NDArray[Any]]:
+        """The codes of each window, see :meth:`window`: read in the order of the files, each tile once."""
+        results: list[npt.NDArray[Any]] = []
+        wanted: dict[tuple[int, str], dict[int, list[_Part]]] = {}
+        for request in requests:
+            entry, target, rows, columns = request
+            _require_inside(request)
+            name = f"{target}_exact" if entry.rungs[target] == EXACT else target
+            array = self._arrays[entry.generation][name]
+            codes = np.empty((array.shape[0], len(rows), len(columns)), array.dtype)
+            results.append(codes)
+            tiles = wanted.setdefault((entry.generation, name), {})
+            for number, part in _parts(entry, codes, rows, columns, self.spec.tile):
+                tiles.setdefault(number, []).append(part)
+        for (generation, name), tiles in sorted(wanted.items(), key=lambda item: item[0]):
+            for number, tile in self._shards.tiles(self._arrays[generation][name], tiles):
+                for part in tiles[number]:
+                    part.out[:] = tile[:, part.rows, part.columns]
+        return results
 
     def decode(self, target: str, codes_SChw: Array, rungs_S: Array) -> Array:
         """float32 values of codes: log-probabilities for ``soft``, map values for the others. numpy or torch."""
@@ -116,42 +151,69 @@ class CacheReader:
         decoded: npt.NDArray[np.float32] = self.decode(target, codes[None], np.asarray([entry.rungs[target]]))[0]
         return decoded
 
-    def _read(self, place: tuple[int, str], first: int, stop: int | None = None) -> npt.NDArray[Any]:
-        """One tile of a target's array, or a unit's rows ``first`` to ``stop`` of the table: part of a single file."""
-        array, folder = self._arrays[place], self.generations[place[0]].array_folder(place[1])
-        rows = (array.shards or array.chunks)[0]
-        file = folder / array.metadata.encode_chunk_key((first // rows, *(0 for _ in array.shape[1:])))
-        try:
-            if not file.exists():  # which zarr would read as zeros
-                raise FileNotFoundError("its file is lost")
-            return np.asarray(array[first if stop is None else slice(first, stop)])
-        except Exception as error:  # zarr's codecs raise what their libraries raise
-            raise CacheDamagedError(f"{file} cannot be read ({error}); restore the cache or write it again") from error
 
-    @cached_property
-    def _arrays(self) -> dict[tuple[int, str], zarr.Array[Any]]:
-        return {
-            (generation.number, name): zarr.open_array(generation.array_folder(name), mode="r", zarr_format=3)
-            for generation in self.generations
-            for name in (*target_arrays(self.spec), SAMPLES)
-        }
+class Entries(Iterable[Entry]):
+    """Samples of a cache: counted without being read, and read anew, unit by unit, by every iteration."""
 
-    @cached_property
-    def _entries(self) -> dict[str, Entry]:
-        entries: dict[str, Entry] = {}
-        records = self.records()
-        for generation in self.generations:
-            for name in generation.removed:
-                entries.pop(name, None)
-            for record in (record for record in records if record["generation"] == generation.number):
-                first = record["unit"] * generation.plan.unit_samples
-                packed = np.ascontiguousarray(
-                    self._read((generation.number, SAMPLES), first, first + record["samples"])
-                )
-                for number, row in enumerate(packed.view(generation.row_dtype())[:, 0], first):
-                    entry = entry_of(row, self.spec, generation=generation.number, unit=record["unit"], number=number)
-                    entries[entry.id] = entry
-        return entries
+    def __init__(self, lookups: Sequence[Lookup], roles: tuple[str, ...]) -> None:
+        self._lookups, self._roles = lookups, roles
+
+    def __iter__(self) -> Iterator[Entry]:
+        for number, lookup in enumerate(self._lookups):
+            later = self._lookups[number + 1 :]
+            for entry in lookup.entries(*self._roles):
+                if not any(other.removes(entry.id) for other in later):
+                    yield entry
+
+    def __len__(self) -> int:
+        total = 0
+        for number, lookup in enumerate(self._lookups):
+            removed = {name.decode() for later in self._lookups[number + 1 :] for name in later.removed}
+            found = (lookup.find(name) for name in sorted(removed))
+            gone = sum(entry is not None and (not self._roles or entry.role in self._roles) for entry in found)
+            total += lookup.count(*self._roles) - gone
+        return total
+
+
+class _Part(NamedTuple):
+    """Where a tile's part of a window goes, and which part of the tile it is."""
+
+    out: npt.NDArray[Any]
+    rows: slice
+    columns: slice
+
+
+def _tile_array(generation: Generation, name: str, exact: bool) -> TileArray:
+    spec = generation.spec.targets[target_arrays(generation.spec)[name][0]]
+    return TileArray(
+        folder=str(generation.array_folder(name)),
+        shard_tiles=generation.plan.shard_tiles,
+        shape=(spec.channels, generation.spec.tile, generation.spec.tile),
+        dtype=np.dtype(np.float16) if exact else spec.coder.dtype,
+        codec="zstd" if exact else spec.codec,
+    )
+
+
+def _parts(
+    entry: Entry, codes: npt.NDArray[Any], rows: range, columns: range, tile: int
+) -> Iterator[tuple[int, _Part]]:
+    """The numbers of the tiles that a window overlaps, and what of them goes where in its codes."""
+    across = tile_shape(entry.mapping.shape, tile)[1]
+    for tile_row, in_rows, out_rows in _overlaps(rows, tile):
+        for tile_column, in_columns, out_columns in _overlaps(columns, tile):
+            number = entry.first_tile + tile_row * across + tile_column
+            yield number, _Part(codes[:, out_rows, out_columns], in_rows, in_columns)
+
+
+def _require_inside(request: WindowRequest) -> None:
+    # Beyond the grid there are the tiles of other samples.
+    shape = request.entry.mapping.shape
+    for cells, length in zip((request.rows, request.columns), shape, strict=True):
+        if cells and not (cells.step == 1 and cells.start >= 0 and cells.stop <= length):
+            raise GeometryError(
+                f"the window {request.rows}, {request.columns} leaves the grid of {request.entry.id}, "
+                f"{shape[0]}x{shape[1]} cells; ask for consecutive cells inside it"
+            )
 
 
 def _overlaps(cells: range, tile: int) -> Iterable[tuple[int, slice, slice]]:

@@ -541,7 +541,7 @@ def test_what_is_damaged_or_lost_is_not_returned(tmp_path: Path, name: str, dama
     if damage == "lose":
         file.unlink()
     reader = CacheReader(tmp_path / "c.zarr")
-    with pytest.raises(CacheDamagedError, match=rf"{name} cannot be read \(.*; restore the cache or write it again$"):
+    with pytest.raises(CacheDamagedError, match=rf"{name} cannot be read \(.*; segkd cache verify lists all damage"):
         reader.window(reader.entry(plan.samples[0].id), "soft", range(1), range(1))
 
 
@@ -550,8 +550,8 @@ def test_a_description_that_is_cut_off_is_damage(tmp_path: Path, name: str) -> N
     write_cache(tmp_path / "c.zarr")
     file = tmp_path / "c.zarr" / name
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(CacheDamagedError, match=rf"{name} cannot be read \(.*; restore the cache or write it again$"):
-        CacheReader(tmp_path / "c.zarr").entries()
+    with pytest.raises(CacheDamagedError, match=rf"{name} cannot be read \("):
+        CacheReader(tmp_path / "c.zarr").records()
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"3", b"[" * 100_000, b'{"a": \xff}'])
@@ -567,7 +567,7 @@ def test_a_lost_commit_record_is_damage_and_written_again(tmp_path: Path) -> Non
     (tmp_path / "c.zarr" / GENERATION / publish.record_name(1)).unlink()
     message = rf"c.zarr was finished and has lost 1 of its {len(plan.units)} commit records; run segkd teacher-cache"
     with pytest.raises(CacheDamagedError, match=message):
-        CacheReader(tmp_path / "c.zarr").entries()
+        CacheReader(tmp_path / "c.zarr").records()
     writer = CacheWriter(tmp_path / "c.zarr", spec_for(), plan)
     write_units(writer, [unit.number for unit in writer.pending()])
     assert files_of(tmp_path / "c.zarr") == before
