@@ -16,8 +16,6 @@ from numcodecs.zstd import decompress  # type: ignore[import-untyped]
 
 from segkd.storage import context
 
-from segkd.storage import context
-
 CHECKSUM = 4
 """Bytes of a crc32c."""
 
