@@ -10,8 +10,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from segkd.storage.errors import CacheError
 from segkd.storage.generation import Generation, generations_of, read_spec
-from segkd.storage.publish import UnitPublisher, read_signed
+from segkd.storage.publish import UnitPublisher, explained, read_signed
 from segkd.storage.statistics import Statistics
 
 
@@ -24,6 +25,21 @@ def seal_generation(generation: Generation) -> bool:
     document = None if generation.sealed else seal_document(generation)
     UnitPublisher(generation.root, generation.folder).seal(document)
     return True
+
+
+def close_generation(generation: Generation) -> None:
+    """Seals a generation as it stands: what is not committed by now is for a later generation to hold.
+
+    For a list of samples that changed before the cache was finished. Raises CacheError if the generation before is not
+    sealed.
+    """
+    publisher = UnitPublisher(generation.root, generation.folder)
+    missing = [unit for unit in generation.units() if not publisher.recover(unit)]
+    with explained(generation.root):
+        if missing:
+            publisher.close(missing)
+        if not seal_generation(generation):
+            raise CacheError(f"{generation.folder} cannot be closed before the generation that it adds to")
 
 
 def seal_generations(root: Path) -> bool:
