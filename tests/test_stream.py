@@ -19,7 +19,7 @@ from segkd.pipeline.data.sample import Classes, Role, Sample
 from segkd.pipeline.data.stream import StreamConfig, TrainStream, loader
 from segkd.pipeline.data.transforms import AugmentConfig
 from segkd.pipeline.models.network import Preprocessing
-from segkd.storage.coding import Raw
+from segkd.storage.coding import EXACT, CompandedDistribution
 from segkd.storage.errors import CacheDamagedError, CacheMismatchError, ConfigError, ContaminationError, DataError
 from segkd.storage.geometry import Mapping, network_axis
 
@@ -208,6 +208,50 @@ def test_shapes_types_and_padding() -> None:
     assert sources.rungs["soft"].tolist() == [order.index(draw.sample.id) for draw in stream.draws(0)]
 
 
+CODER = CompandedDistribution(levels=(20.0,))
+
+
+class ExactReader(FakeReader):
+    """Distributions over two classes, of which the samples with an even number are kept in float16."""
+
+    def entry(self, sample_id: str) -> FakeEntry:
+        exact = int(sample_id.split("/")[1]) % 2 == 0
+        return replace(super().entry(sample_id), rungs={"soft": EXACT if exact else 0})
+
+    def window(self, entry: FakeEntry, target: str, rows: range, columns: range) -> npt.NDArray[Any]:  # noqa: ARG002
+        logit = np.add.outer(np.array(rows), np.array(columns)) / 9 - 1
+        log_probs = (-np.logaddexp(0, np.stack([logit, -logit]))).astype(np.float32)
+        if entry.rungs["soft"] == EXACT:
+            return log_probs.astype(np.float16)
+        return np.asarray(CODER.encode(log_probs[None], np.array([0]))[0])
+
+    def decode(self, target: str, codes: Any, rungs: Any) -> Any:  # noqa: ARG002
+        return CODER.decode(codes, rungs)
+
+
+def test_samples_that_are_kept_exactly_are_batched_with_others() -> None:
+    source = make_source()
+    reader = ExactReader(source)
+    kinds: set[torch.dtype] = set()
+    for step in range(12):
+        stream = make_stream(source, reader, labelled=1, auxiliary=1, targets=("soft",))
+        draws, sources = stream.draws(step), stream[step].sources
+        assert sources is not None
+        codes, rungs = sources.codes["soft"], sources.rungs["soft"]
+        kinds.add(codes.dtype)
+        assert rungs.tolist() == [reader.entry(draw.sample.id).rungs["soft"] for draw in draws]
+        decoded = CODER.decode(codes, rungs)
+        assert decoded.dtype == torch.float32
+        assert decoded.isfinite().all()
+        for s, draw in enumerate(draws):
+            alone = make_stream(source, reader, labelled=1, auxiliary=1, targets=("soft",))._item(draw).knowledge
+            assert alone is not None
+            values = CODER.decode(alone.codes["soft"][None], np.array([alone.rungs["soft"]]))[0]
+            height, width = values.shape[1:]
+            torch.testing.assert_close(decoded[s, :, :height, :width], torch.from_numpy(values), rtol=0, atol=1e-6)
+    assert kinds == {torch.uint8, torch.float16, torch.float32}
+
+
 def test_counting_cells_lie_where_the_image_says() -> None:
     """Every code names its cell and every pixel its coordinate, so that both can be compared in the crop."""
     source, stream = make_source(), make_stream(augment=replace(PLAIN, scale=(1.5, 2.5)))
@@ -352,7 +396,7 @@ def test_bad_composition_says_what_to_do(arguments: dict[str, Any], message: str
 @dataclass(frozen=True)
 class FakeTarget:
     channels: int
-    coder: Raw = field(default_factory=Raw)
+    coder: CompandedDistribution = field(default_factory=CompandedDistribution)
 
 
 class DamagedReader(FakeReader):

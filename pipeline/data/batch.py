@@ -28,7 +28,8 @@ class Sources:
     counts_first_Shw: Tensor
     """bool: the cell counts, and so do all of its neighbours that exist in the image."""
     codes: Mapping[str, Tensor]
-    """Per target its codes ``(S, channels, h, w)`` as they stand in the cache; zero outside the window."""
+    """Per target its codes ``(S, channels, h, w)`` as they stand in the cache; zero outside the window. float32 values
+    where only some of the samples are kept exactly: the coder decodes either."""
     rungs: Mapping[str, Tensor]
     """Per target int64 ``(S,)``: the rung of its coding ladder that each sample was written with."""
 

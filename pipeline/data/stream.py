@@ -129,7 +129,7 @@ class TrainStream(Dataset[Batch]):
             images_N3HW=normalise(images_N3HW, self._preprocessing),
             labels_NHW=torch.from_numpy(np.stack([item.labels for item in items])).long(),
             labelled_N=torch.tensor([item.labelled for item in items]),
-            sources=_collate([item.knowledge for item in items if item.knowledge is not None], self._targets),
+            sources=None if self._cache is None else _collate(self._cache, items, self._targets),
             damaged={draw.sample.id: item.damage for draw, item in zip(draws, items, strict=True) if item.damage},
         )
 
@@ -280,11 +280,10 @@ def _no_knowledge(cache: CacheReader, targets: tuple[str, ...]) -> _Knowledge:
     )
 
 
-def _collate(items: Sequence[_Knowledge], targets: tuple[str, ...]) -> Sources | None:
-    if not items:
-        return None
+def _collate(cache: CacheReader, crops: Sequence[_Item], targets: tuple[str, ...]) -> Sources:
+    items = [crop.knowledge for crop in crops if crop.knowledge is not None]
     height, width = (max(item.window.counts.shape[axis] for item in items) for axis in (0, 1))
-    padded = {name: _pad([item.codes[name] for item in items], height, width) for name in targets}
+    padded = {name: _pad(_of_one_kind(cache, name, items), height, width) for name in targets}
     return Sources(
         crop_S=torch.arange(len(items)),
         cell_to_crop_S22=torch.from_numpy(np.stack([item.window.cell_to_crop for item in items])),
@@ -293,6 +292,18 @@ def _collate(items: Sequence[_Knowledge], targets: tuple[str, ...]) -> Sources |
         codes=padded,
         rungs={name: torch.tensor([item.rungs[name] for item in items]) for name in targets},
     )
+
+
+def _of_one_kind(cache: CacheReader, target: str, items: Sequence[_Knowledge]) -> list[npt.NDArray[np.generic]]:
+    """The items' codes; float32 values of all of them where only some are kept exactly.
+
+    Such values stand for themselves as codes: decoding leaves them as they are.
+    """
+    codes = [item.codes[target] for item in items]
+    if len({array.dtype for array in codes}) == 1:
+        return codes
+    rungs = [np.array([item.rungs[target]]) for item in items]
+    return [cache.decode(target, array[None], rung)[0] for array, rung in zip(codes, rungs, strict=True)]
 
 
 def _pad(arrays: Sequence[npt.NDArray[np.generic]], height: int, width: int) -> torch.Tensor:
