@@ -127,11 +127,11 @@ def affected(generation: Generation, unit: int, objects: Iterable[str]) -> Affec
     lost: set[str] = set()
     arrays, shard_tiles = target_arrays(generation.spec), generation.plan.shard_tiles
     for name in objects:
-        array, _, chunk = name.partition("/c/")
+        array, _, chunk = name.partition("/c.")
         if array not in arrays:
             continue
         target, exact = arrays[array]
-        first = int(chunk.split("/")[0]) * shard_tiles
+        first = int(chunk.split(".")[0]) * shard_tiles
         bad = {first + tile for tile in failing_tiles(generation.folder / name, shard_tiles)}
         for row in rows:
             if (row[f"rung_{target}"] == EXACT) == exact and not bad.isdisjoint(_tiles(generation, row)):
@@ -142,20 +142,20 @@ def affected(generation: Generation, unit: int, objects: Iterable[str]) -> Affec
 def objects_of(generation: Generation, unit: int) -> list[str]:
     """The names of a unit's objects in the generation's folder, as far as its rows tell: without its commit record."""
     rows = rows_of(generation, unit)
-    names = [f"{SAMPLES}/c/{unit}/0"]
+    names = [f"{SAMPLES}/c.{unit}.0"]
     if rows is None:
         return names
     for array, (target, exact) in target_arrays(generation.spec).items():
         tiles = [_tiles(generation, row) for row in rows if (row[f"rung_{target}"] == EXACT) == exact]
         shards = {tile // generation.plan.shard_tiles for run in tiles for tile in run}
-        names += [f"{array}/c/{shard}/0/0/0" for shard in sorted(shards)]
+        names += [f"{array}/c.{shard}.0.0.0" for shard in sorted(shards)]
     return names
 
 
 def rows_of(generation: Generation, unit: int) -> npt.NDArray[Any] | None:
     """The samples' rows of a unit's part of the sample table, None where it cannot be read."""
     first = unit * generation.plan.unit_samples
-    packed = _read(generation, SAMPLES, f"c/{unit}/0", slice(first, first + generation.plan.unit_samples))
+    packed = _read(generation, SAMPLES, f"c.{unit}.0", slice(first, first + generation.plan.unit_samples))
     try:
         rows = None if packed is None else packed.view(generation.row_dtype())[:, 0]
     except ValueError:

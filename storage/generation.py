@@ -29,8 +29,10 @@ SAMPLES = "samples"
 UNITS = "units"
 REMOVED = "removed"
 METADATA = "zarr.json"
-ONLY_CHUNK = "c/0/0"
+ONLY_CHUNK = "c.0.0"
 """The file of a table that has one chunk."""
+CHUNK_KEYS = {"name": "default", "separator": "."}
+"""A shard is one file in its array's folder: with zarr's own choice it would stand four folders deeper, alone."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,16 @@ def target_arrays(spec: CacheSpec) -> dict[str, tuple[str, bool]]:
     return arrays
 
 
+def shard_name(array: str, shard: int) -> str:
+    """Where a shard of a target's array stands in its generation's folder."""
+    return f"{array}/c.{shard}.0.0.0"
+
+
+def table_name(unit: int) -> str:
+    """Where a unit's chunk of the sample table stands in its generation's folder."""
+    return f"{SAMPLES}/c.{unit}.0"
+
+
 def root_documents(spec: CacheSpec) -> dict[str, bytes]:
     """The metadata files of the cache itself by their names in it, as zarr writes them, the specification first."""
     documents: dict[str, AnyBuffer] = {}
@@ -165,6 +177,7 @@ def generation_documents(spec: CacheSpec, plan: Plan, number: int, removed: Sequ
             chunks=(1, channels, tile, tile),
             dtype=np.dtype(np.float16) if exact else spec.targets[target].coder.dtype,
             fill_value=0,
+            chunk_key_encoding=CHUNK_KEYS,
             dimension_names=("tile", "channel", "cell_y", "cell_x"),
             **zarr_codecs("zstd" if exact else spec.targets[target].codec),
         )
@@ -184,6 +197,7 @@ def _table(group: zarr.Group, name: str, rows: int, chunk: int, dtype: np.dtype[
         chunks=(chunk, dtype.itemsize),
         dtype=np.uint8,
         fill_value=0,
+        chunk_key_encoding=CHUNK_KEYS,
         dimension_names=("row", "byte"),
         **zarr_codecs("zstd"),
     )

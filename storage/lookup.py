@@ -96,7 +96,7 @@ class Lookup:
         return self.written is None or unit in self.written
 
     def _rows(self, unit: int, *, keep: bool = True) -> npt.NDArray[Any]:
-        path = f"{self.generation.array_folder(SAMPLES)}/c/{unit}/0"
+        path = f"{self.generation.array_folder(SAMPLES)}/c.{unit}.0"
         rows = self._shards.table(path, self.generation.plan.unit_samples, self._row_dtype, keep=keep)
         return rows[: self._samples[unit]]
 

@@ -54,7 +54,7 @@ class TileArray:
 
     def shard(self, tile: int) -> str:
         """The file that a tile stands in."""
-        return f"{self.folder}/c/{tile // self.shard_tiles}/0/0/0"
+        return f"{self.folder}/c.{tile // self.shard_tiles}.0.0.0"
 
 
 @dataclass(frozen=True)

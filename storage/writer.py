@@ -20,18 +20,19 @@ from segkd.storage.errors import CacheError, CacheExistsError, CacheMismatchErro
 from segkd.storage.generation import (
     GENERATIONS,
     METADATA,
-    SAMPLES,
     Generation,
     generation_documents,
     generations_of,
     read_spec,
     root_documents,
+    shard_name,
+    table_name,
     target_arrays,
 )
 from segkd.storage.layout import Plan, Unit
 from segkd.storage.packing import encode_chunk, pack_shards, threads
 from segkd.storage.publish import UnitPublisher, create_whole, explained, read_document, remove_synced
-from segkd.storage.sealing import seal_generation
+from segkd.storage.sealing import close_generation, seal_generation
 from segkd.storage.spec import CacheSpec, require_equal
 from segkd.storage.statistics import Statistics
 from segkd.storage.table import CodedSample, as_bytes, fill_row
@@ -97,12 +98,7 @@ class CacheWriter:
         For a list of samples that changed before the cache was finished. Raises CacheError if the generation before is
         not sealed.
         """
-        missing = [unit.number for unit in self.pending()]
-        with explained(self.root):
-            if missing:
-                self.publisher.close(missing)
-            if not self.seal():
-                raise CacheError(f"{self.generation.folder} cannot be closed before the generation that it adds to")
+        close_generation(self.generation)
 
     def withdraw(self, unit: Unit) -> None:
         """Takes a unit out again, so that it is pending; the seal goes first, and with it those of later generations.
@@ -191,13 +187,3 @@ class CacheWriter:
                 objects.update({shard_name(name, shard): content for shard, content in shards})
         objects[table_name(unit.number)] = encode_chunk(as_bytes(rows))
         return objects
-
-
-def shard_name(array: str, shard: int) -> str:
-    """Where a shard of a target's array stands in its generation's folder."""
-    return f"{array}/c/{shard}/0/0/0"
-
-
-def table_name(unit: int) -> str:
-    """Where a unit's chunk of the sample table stands in its generation's folder."""
-    return f"{SAMPLES}/c/{unit}/0"

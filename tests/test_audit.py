@@ -156,7 +156,7 @@ def test_a_damaged_tile_concerns_its_sample_alone(cache: Path) -> None:
     """Every tile of every shard in turn: the sample that the audit names is the one whose tile it is."""
     found: set[str] = set()
     for array in ("soft", "soft_exact", "edges"):
-        for shard in sorted((cache / "generations/0" / array / "c").glob("*/0/0/0")):
+        for shard in sorted((cache / "generations/0" / array).glob("c.*.0.0.0")):
             content = shard.read_bytes()
             tiles = json.loads((cache / "generations/0" / array / "zarr.json").read_text())["chunk_grid"]
             index = content[-16 * tiles["configuration"]["chunk_shape"][0] - 4 : -4]
@@ -231,14 +231,14 @@ def test_an_unfinished_cache_is_checked_as_far_as_it_goes(tmp_path: Path) -> Non
 
 
 def test_what_belongs_to_nothing_is_no_damage(cache: Path) -> None:
-    for name in ("notes.txt", "generations/0/soft/c/99/0/0/0", "generations/0/commits/attempts/00000000-x/0"):
+    for name in ("notes.txt", "generations/0/soft/c.99.0.0.0", "generations/0/commits/attempts/00000000-x/0"):
         (cache / name).parent.mkdir(parents=True, exist_ok=True)
         (cache / name).write_bytes(b"x")
     report = verify(cache)
     assert report.whole
     assert sorted(report.strays) == [
         "generations/0/commits/attempts/00000000-x/0",
-        "generations/0/soft/c/99/0/0/0",
+        "generations/0/soft/c.99.0.0.0",
         "notes.txt",
     ]
     assert "3 files belong to nothing" in report.lines()[-1]

@@ -83,7 +83,7 @@ def write(path: Path, samples: Sequence[PlannedSample]) -> tuple[int, int]:
     for file in path.rglob("*"):
         content = file.read_bytes() if file.is_file() else b""
         total += len(content)
-        if file.is_file() and {"soft", "first_order"} & {part.name for part in file.parents} and file.name == "0":
+        if file.parent.name in ("soft", "first_order") and file.name.startswith("c."):
             index = np.frombuffer(content[-CHECKSUM - ENTRY_COST * plan.spec.shard_tiles : -CHECKSUM], "<u8")
             lengths = index.reshape(-1, 2)[:, 1]
             used = lengths != np.iinfo(np.uint64).max

@@ -531,7 +531,7 @@ def test_an_unknown_sample_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
-@pytest.mark.parametrize("name", ["generations/0/soft/c/0/0/0/0", "generations/0/samples/c/0/0"])
+@pytest.mark.parametrize("name", ["generations/0/soft/c.0.0.0.0", "generations/0/samples/c.0.0"])
 def test_what_is_damaged_or_lost_is_not_returned(tmp_path: Path, name: str, damage: str) -> None:
     plan = write_cache(tmp_path / "c.zarr")
     file = tmp_path / "c.zarr" / name

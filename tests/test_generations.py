@@ -158,7 +158,7 @@ def test_seals_are_a_chain_and_cover_the_metadata(tmp_path: Path) -> None:
     assert [seal["samples"] for seal in seals] == [7, 3]
     assert seals[0]["pixels"] == 7 * 44 * 80
     assert seals[0]["cells"] == 7 * 11 * 20
-    stored = [name for name in files if name.startswith("generations/0/") and "/c/" in name and "/units/" not in name]
+    stored = [name for name in files if name.startswith("generations/0/") and "/c." in name and "/units/" not in name]
     assert seals[0]["bytes"] == sum(len(files[name]) for name in stored)
     assert seals[0]["statistics"]["soft"]["over_bound"] == 2
 
@@ -193,7 +193,7 @@ def test_another_list_for_a_begun_generation_is_refused(tmp_path: Path) -> None:
     second(tmp_path / "c.zarr")
     with pytest.raises(CacheMismatchError, match="was written with another list of samples; give this run another"):
         CacheWriter(tmp_path / "c.zarr", spec(), plan(SECOND[:2]), generation=1)
-    with pytest.raises(CacheMismatchError, match=r"removed/c/0/0 differs from what this version of segkd and zarr"):
+    with pytest.raises(CacheMismatchError, match=r"removed/c.0.0 differs from what this version of segkd and zarr"):
         CacheWriter(tmp_path / "c.zarr", spec(), plan(SECOND), generation=1, removed=["train/1", "report/1"])
 
 
@@ -231,7 +231,7 @@ def test_a_unit_that_is_withdrawn_is_pending_and_written_again(tmp_path: Path) -
         "generations/1/commits/seal.json",
         "generations/0/commits/seal.json",
         "generations/0/commits/00000001.json",
-        *(f"generations/0/{name}" for name in ("soft/c/1/0/0/0", "first_order/c/1/0/0/0", "samples/c/1/0")),
+        *(f"generations/0/{name}" for name in ("soft/c.1.0.0.0", "first_order/c.1.0.0.0", "samples/c.1.0")),
     }
     with pytest.raises(IncompleteCacheError, match="is not finished: 3 of 4 units are written"):
         CacheReader(tmp_path / "c.zarr")
@@ -245,7 +245,7 @@ def test_a_unit_that_is_withdrawn_is_pending_and_written_again(tmp_path: Path) -
 def test_a_unit_written_again_leaves_nothing_of_the_one_withdrawn(tmp_path: Path) -> None:
     writer = first(tmp_path / "c.zarr", exact=["train/0"])
     writer.seal()
-    orphan = tmp_path / "c.zarr/generations/0/soft_exact/c/1/0/0/0"
+    orphan = tmp_path / "c.zarr/generations/0/soft_exact/c.1.0.0.0"
     kept = orphan.read_bytes()
     writer.withdraw(writer.plan.units[1])
     orphan.write_bytes(kept)  # as if the withdrawal had been killed
