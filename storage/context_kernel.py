@@ -55,7 +55,7 @@ NODES = np.array((1, 2, 3, 5, 9, 17, 33, 65, 129), np.int64)  # decision t of a 
 # Where each family of models starts. The first two have 16 models a context: nine nodes, then leading bits.
 NEIGHBOURS = 14 * 4 * 3 * 16
 LEADING = NEIGHBOURS + 8 * 8 * 4 * 4 * 16
-TRAILING = LEADING + 8 * 8 * 4 * 2
+TRAILING = LEADING + 8 * 8 * 4
 QUIET = TRAILING + 2 * 64
 TOP = QUIET + 1024
 MODELS = TOP + 2048
@@ -176,7 +176,7 @@ def number(
     for bit in range(bits - 1, -1, -1):
         if bit >= bits - 2:
             prefix = 1 if bit == bits - 1 else 2 + (read & 1)
-            model_1 = LEADING + (((bits - 1) * 8 + bin_) * 4 + prefix) * 2
+            model_1 = LEADING + ((bits - 1) * 8 + bin_) * 4 + prefix
             model_2 = second + 10 + min(4, 2 * (bits - 1) + (bits - 1 - bit))
         else:
             model_1 = TRAILING + bits * 8 + bit
