@@ -21,6 +21,7 @@ from PIL import Image
 
 from segkd.cli.main import main
 from segkd.pipeline.config import RunConfig, load
+from segkd.pipeline.data.sample import Role
 from segkd.pipeline.sizes import UNITS, format_bytes, parse_bytes
 from segkd.pipeline.teacher import plan as planning
 from segkd.pipeline.teacher.budget import BOUNDS, resolve_budget
@@ -123,6 +124,22 @@ def test_break_even_is_the_time_of_a_teacher_that_looks_at_every_crop(sized: Run
     mean_pixels = (2 * 64 * 80 + 48 * 96) / 3
     live = foretold.parts["infer"] * 64 * 64 / mean_pixels * images
     assert foretold.pays_after_steps * live == pytest.approx(foretold.seconds, rel=0.3)
+
+
+def test_a_single_sample_is_enough_to_foretell_from(sized: RunConfig) -> None:
+    for name in (*range(1, 8), "c"):
+        for kind in ("images", "labels"):
+            place = Path(sized.data.root) / kind
+            for file in place.glob("c/*" if name == "c" else f"[abd]/{name}.png"):
+                file.unlink()
+    alone = replace(
+        sized,
+        data=replace(sized.data, folders={Role.TRAIN: ("a",)}),
+        cache=replace(sized.cache, roles=(Role.TRAIN,)),
+    )
+    foretold = planning.plan(alone, samples=5)
+    assert (foretold.sampled, foretold.roles, foretold.volume.uncertainty) == (1, {"train": 1}, 0)
+    assert foretold.pays_after_steps > 0
 
 
 def test_a_unit_is_proposed_that_costs_a_minute_or_two(sized: RunConfig) -> None:

@@ -130,7 +130,7 @@ def plan(run: RunConfig, *, samples: int = TRIED) -> Foretold:
     seconds = an_image * len(opened.planned)
     steps, epochs = _break_even(run, units.spec.roles, seconds, tried.parts["infer"] / tried.timed_pixels)
     disagreement, fit = _checked(opened, tried.parts["infer"] / tried.timed)
-    free = shutil.disk_usage(_standing(Path(config.path))).free
+    free = shutil.disk_usage(_nearest(Path(config.path))).free
     unit_samples = len(opened.planned) / len(units.units)
     return Foretold(
         path=config.path,
@@ -209,7 +209,7 @@ def _every(samples: Sequence[Any], count: int) -> list[Any]:
     return [samples[(2 * k + 1) * len(samples) // (2 * count)] for k in range(count)]
 
 
-def _standing(path: Path) -> Path:
+def _nearest(path: Path) -> Path:
     """The innermost folder of a path that is there."""
     return next(folder for folder in (path, *path.resolve().parents) if folder.is_dir())
 
@@ -218,7 +218,8 @@ def _warnings(
     run: RunConfig, volume: Volume, free: int, disagreement: Mapping[str, float | None], fit: checks.Fit | None
 ) -> list[str]:
     warnings = []
-    needed = round(volume.bytes * (1 + volume.uncertainty))
+    there = sum(file.stat().st_size for file in Path(run.cache.path).rglob("*") if file.is_file())
+    needed = round(volume.bytes * (1 + volume.uncertainty)) - there
     if needed > free:
         warnings.append(
             f"{run.cache.path} needs {format_bytes(needed)}, {format_bytes(free)} are free there; free some space, "

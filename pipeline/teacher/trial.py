@@ -126,15 +126,17 @@ class Trials:
             stage = _Stage(**{f.name: getattr(inherited, f.name) for f in fields(Stage1)}, clock=self._clock)
             warm_up, *others = self.plan.units
             began = time.monotonic()
-            stage.run(writer, [warm_up], on_unit)
-            warm = time.monotonic()
             self._clock.reset()
-            others = others[: int(max(2, min(seconds / (warm - began), len(others))))]
+            stage.run(writer, [warm_up], on_unit)
             if others:
+                warm = time.monotonic()
+                others = others[: int(max(2, min(seconds / (warm - began), len(others))))]
+                self._clock.reset()
                 stage.run(writer, others, on_unit)
-            return self._measured(writer, finished, warm)
+                began = warm
+            return self._measured(writer, finished, began)
 
-    def _measured(self, writer: CacheWriter, finished: Sequence[tuple[Unit, float]], warm: float) -> Trial:
+    def _measured(self, writer: CacheWriter, finished: Sequence[tuple[Unit, float]], began: float) -> Trial:
         records = CacheReader(writer.root, partial=True).records()
         arrays, index = target_arrays(writer.spec), shard_index_bytes(self.plan.spec.shard_tiles)
         payload: Counter[str] = Counter(dict.fromkeys(arrays, 0))
@@ -149,8 +151,11 @@ class Trials:
                 elif array == SAMPLES:
                     table += entry["bytes"]
             per_cell.append((payload.total() - before) / record["cells"])
-        timed, seconds = _steady([unit for unit, _ in finished], [at for _, at in finished], warm)
-        share = sum(unit.samples for unit in timed) / max(sum(unit.samples for unit, _ in finished[1:]), 1)
+        # The parts' clock ran over all units but the one that warmed up.
+        ran = finished[1:] or finished
+        timed, seconds = _steady([unit for unit, _ in ran], [at for _, at in ran], began)
+        share = sum(unit.samples for unit in timed) / sum(unit.samples for unit, _ in ran)
+        parts = {part: share * spent for part, spent in self._clock.spent.items()}
         return Trial(
             samples=sum(record["samples"] for record in records),
             cells=sum(record["cells"] for record in records),
@@ -163,8 +168,9 @@ class Trials:
             statistics=merged,
             timed=sum(unit.samples for unit in timed),
             timed_pixels=sum(self._input_pixels(unit) for unit in timed),
-            seconds=seconds,
-            parts={part: share * spent for part, spent in self._clock.spent.items()},
+            # What was decoded ahead of the first of them was decoded all the same.
+            seconds=max(seconds, parts["decode"] / self.opened.config.decoders),
+            parts=parts,
         )
 
     def _input_pixels(self, unit: Unit) -> int:
@@ -172,16 +178,12 @@ class Trials:
         return sum(math.prod(placement(*sample.image_size, preprocessing)[0]) for sample in self.plan.of(unit))
 
 
-def _steady(units: Sequence[Unit], ended: Sequence[float], warm: float) -> tuple[Sequence[Unit], float]:
+def _steady(units: Sequence[Unit], ended: Sequence[float], began: float) -> tuple[Sequence[Unit], float]:
     """The units of a run during which the loop was full, and their time.
 
     From the end of one unit to the end of another, neither filling nor emptying the loop counts.
     """
-    if len(units) < 2:
-        return units, ended[-1] - (ended[0] if len(units) > 1 else warm)
-    if len(units) < 4:
-        return units[1:], ended[-1] - warm
-    return units[2:], ended[-1] - ended[1]
+    return (units[1:], ended[-1] - ended[0]) if len(units) > 2 else (units, ended[-1] - began)
 
 
 class _Clock:
