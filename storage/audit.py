@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -263,7 +263,7 @@ class _Audit:
         if generation is None:
             return Affected((), samples)
         found = affected(generation, unit, objects)
-        return Affected(tuple(name for name in found.ids if name not in self._replaced(number)), found.following)
+        return replace(found, ids=tuple(name for name in found.ids if name not in self._replaced(number)))
 
     def _replaced(self, number: int) -> set[str]:
         if number not in self._replaced_from:

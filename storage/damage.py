@@ -6,25 +6,23 @@ a damaged shard the tiles tell which samples are lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
-import zarr
 
+from segkd.storage.chunks import CHECKSUM, unwrap
 from segkd.storage.coding import EXACT
-from segkd.storage.generation import ONLY_CHUNK, SAMPLES, UNITS, Generation, target_arrays
+from segkd.storage.errors import CacheDamagedError
+from segkd.storage.generation import ONLY_CHUNK, UNITS, Generation, shard_name, table_name, target_arrays
 from segkd.storage.layout import tile_shape
+from segkd.storage.packing import EMPTY
+from segkd.storage.shards import ShardReader
 from segkd.storage.table import directory_dtype
-
-CHECKSUM = 4
-"""Bytes of a crc32c."""
-ABSENT = 2**64 - 1
-"""Offset and length of a tile that was not written, in a shard's index."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +30,15 @@ class Affected:
     """Samples that are no longer what was written."""
 
     ids: tuple[str, ...] = ()
-    following: int = 0
-    """Samples beside these that cannot be named, because the table that does is damaged itself: those that follow."""
+    unnamed: int = 0
+    """Samples that cannot be named, because the table that does is damaged itself: a whole unit's."""
+    first: str = ""
+    """The id of the first of the unnamed ones, where the directory tells; the others follow it in order."""
 
     def __str__(self) -> str:
-        if not self.following:
+        if not self.unnamed:
             return ", ".join(self.ids)
-        if not self.ids:
-            return f"{self.following:,} samples whose ids are lost with them"
-        return f"{self.ids[0]} and the {self.following:,} that follow it"
+        return f"{self.unnamed:,} " + (f"in order from {self.first} on" if self.first else "that cannot be named")
 
 
 NOBODY = Affected()
@@ -94,7 +92,12 @@ class AuditReport:
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
         damage = [
-            {**vars(entry), "affected": list(entry.affected.ids), "following": entry.affected.following}
+            {
+                **vars(entry),
+                "affected": list(entry.affected.ids),
+                "unnamed": entry.affected.unnamed,
+                "first": entry.affected.first,
+            }
             for entry in self.damage
         ]
         return {**vars(self), "whole": self.whole, "samples": self.samples, "damage": damage}
@@ -117,59 +120,34 @@ class AuditReport:
 
 
 def affected(generation: Generation, unit: int, objects: Iterable[str]) -> Affected:
-    """The samples of a unit that damage to ``objects``, named as in its commit record, concerns.
-
-    Only for a generation whose metadata are intact, or told to be so by nothing better.
-    """
+    """The samples of a unit that damage to ``objects``, named as in its commit record, concerns."""
     rows = rows_of(generation, unit)
     if rows is None:
         return _from_directory(generation, unit)
     lost: set[str] = set()
-    arrays, shard_tiles = target_arrays(generation.spec), generation.plan.shard_tiles
-    for name in objects:
-        array, _, chunk = name.partition("/c.")
-        if array not in arrays:
-            continue
-        target, exact = arrays[array]
-        first = int(chunk.split(".")[0]) * shard_tiles
-        bad = {first + tile for tile in failing_tiles(generation.folder / name, shard_tiles)}
-        for row in rows:
-            if (row[f"rung_{target}"] == EXACT) == exact and not bad.isdisjoint(_tiles(generation, row)):
-                lost.add(row["id"].decode())
+    for name, shard, held in _shards_of(generation, rows):
+        if name in objects:
+            first = shard * generation.plan.shard_tiles
+            bad = {first + tile for tile in failing_tiles(generation.folder / name, generation.plan.shard_tiles)}
+            lost.update(bytes(row["id"]).decode() for row in held if not bad.isdisjoint(_tiles(generation, row)))
     return Affected(tuple(sorted(lost)))
 
 
 def objects_of(generation: Generation, unit: int) -> list[str]:
     """The names of a unit's objects in the generation's folder, as far as its rows tell: without its commit record."""
     rows = rows_of(generation, unit)
-    names = [f"{SAMPLES}/c.{unit}.0"]
-    if rows is None:
-        return names
-    for array, (target, exact) in target_arrays(generation.spec).items():
-        tiles = [_tiles(generation, row) for row in rows if (row[f"rung_{target}"] == EXACT) == exact]
-        shards = {tile // generation.plan.shard_tiles for run in tiles for tile in run}
-        names += [f"{array}/c.{shard}.0.0.0" for shard in sorted(shards)]
-    return names
+    names = [] if rows is None else [name for name, _, _ in _shards_of(generation, rows)]
+    return [*names, table_name(unit)]
 
 
 def rows_of(generation: Generation, unit: int) -> npt.NDArray[Any] | None:
     """The samples' rows of a unit's part of the sample table, None where it cannot be read."""
-    first = unit * generation.plan.unit_samples
-    packed = _read(generation, SAMPLES, f"c.{unit}.0", slice(first, first + generation.plan.unit_samples))
     try:
-        rows = None if packed is None else packed.view(generation.row_dtype())[:, 0]
-    except ValueError:
+        rows = _table(generation, table_name(unit), generation.plan.unit_samples, generation.row_dtype())
+    except (CacheDamagedError, ValueError, TypeError):  # the latter where nothing vouches for the plan
         return None
-    return None if rows is None else rows[rows["state"] == 1]
-
-
-def directory(generation: Generation) -> npt.NDArray[Any] | None:
-    """The directory of a generation's units, None where it cannot be read."""
-    packed = _read(generation, UNITS, ONLY_CHUNK, slice(None))
-    try:
-        return None if packed is None else packed.view(directory_dtype(generation.plan))[:, 0]
-    except ValueError:
-        return None
+    present: npt.NDArray[Any] = rows[rows["state"] == 1]
+    return present
 
 
 def failing_tiles(shard: Path, shard_tiles: int) -> set[int]:
@@ -177,28 +155,32 @@ def failing_tiles(shard: Path, shard_tiles: int) -> set[int]:
     try:
         with shard.open("rb") as file:
             tail = shard_tiles * 16 + CHECKSUM
-            file.seek(-tail, 2)
-            index = file.read(tail)
-            if not checked(index):
-                return set(range(shard_tiles))
-            places = np.frombuffer(index[:-CHECKSUM], "<u8").reshape(shard_tiles, 2)
-            bad = set()
-            for tile, (offset, length) in enumerate(places.tolist()):
-                if length == ABSENT:
-                    bad.add(tile)
-                    continue
-                file.seek(offset)
-                if not checked(file.read(length)):
-                    bad.add(tile)
-            return bad
+            file.seek(-tail, os.SEEK_END)
+            places = np.frombuffer(unwrap(file.read(tail)), "<u8").reshape(shard_tiles, 2)
+            return {tile for tile, (offset, length) in enumerate(places.tolist()) if not _reads(file, offset, length)}
     except (OSError, ValueError):
         return set(range(shard_tiles))
 
 
-def checked(content: bytes) -> bool:
-    """Whether bytes end in their own crc32c."""
-    body, checksum = content[:-CHECKSUM], content[-CHECKSUM:]
-    return len(content) > CHECKSUM and google_crc32c.value(body) == int.from_bytes(checksum, "little")
+def _reads(file: BinaryIO, offset: int, length: int) -> bool:
+    if length == EMPTY:
+        return False
+    try:
+        file.seek(offset)
+        return bool(unwrap(file.read(length)))
+    except ValueError:
+        return False
+
+
+def _shards_of(generation: Generation, rows: npt.NDArray[Any]) -> Iterator[tuple[str, int, list[npt.NDArray[Any]]]]:
+    """Name, number and rows of every shard that holds tiles of these samples."""
+    for array, (target, exact) in target_arrays(generation.spec).items():
+        shards: dict[int, list[npt.NDArray[Any]]] = {}
+        for row in rows:
+            if (row[f"rung_{target}"] == EXACT) == exact:
+                for shard in {tile // generation.plan.shard_tiles for tile in _tiles(generation, row)}:
+                    shards.setdefault(shard, []).append(row)
+        yield from ((shard_name(array, shard), shard, held) for shard, held in sorted(shards.items()))
 
 
 def _tiles(generation: Generation, row: npt.NDArray[Any]) -> range:
@@ -207,18 +189,12 @@ def _tiles(generation: Generation, row: npt.NDArray[Any]) -> range:
 
 
 def _from_directory(generation: Generation, unit: int) -> Affected:
-    units = directory(generation)
-    if units is None or unit >= len(units):
-        return Affected((), generation.plan.unit_samples)
-    return Affected((units[unit]["first_id"].decode(errors="replace"),), int(units[unit]["samples"]) - 1)
-
-
-def _read(generation: Generation, array: str, chunk: str, part: slice) -> npt.NDArray[np.uint8] | None:
-    folder = generation.array_folder(array)
     try:
-        if not (folder / chunk).is_file():  # which zarr would read as zeros
-            return None
-        opened = zarr.open_array(folder, mode="r", zarr_format=3)
-        return np.ascontiguousarray(opened[part], np.uint8)
-    except Exception:  # zarr and its codecs raise what their libraries raise
-        return None
+        units = _table(generation, f"{UNITS}/{ONLY_CHUNK}", generation.plan.units, directory_dtype(generation.plan))
+        return Affected((), int(units[unit]["samples"]), units[unit]["first_id"].decode(errors="replace"))
+    except (CacheDamagedError, ValueError, TypeError, IndexError):
+        return Affected((), generation.plan.unit_samples)
+
+
+def _table(generation: Generation, name: str, rows: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    return ShardReader().table(generation.folder / name, rows, dtype, keep=False)

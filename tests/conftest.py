@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -63,3 +65,23 @@ def done(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[[Path], Pa
         result = CliRunner().invoke(main, [command, "-c", str(run), "-q", *options])
         assert result.exit_code == 0, result.output
     return run
+
+
+@pytest.fixture(scope="session")
+def made() -> ModuleType:
+    """``benchmarks/fault_bytes.py``: caches of made-up samples, and damage to them."""
+    return _benchmark("fault_bytes")
+
+
+@pytest.fixture(scope="session")
+def fault_runs() -> ModuleType:
+    """``benchmarks/fault_runs.py``: caching runs that something befalls."""
+    return _benchmark("fault_runs")
+
+
+def _benchmark(name: str) -> ModuleType:
+    # As when one of them is run: they are scripts beside each other, not a package.
+    folder = str(ROOT / "benchmarks")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)

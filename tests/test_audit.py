@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,84 +16,15 @@ from hypothesis import strategies as st
 
 from segkd.cli.main import main
 from segkd.storage.audit import verify
-from segkd.storage.coding import EXACT, CompandedDistribution, UniformSteps
 from segkd.storage.errors import CacheMismatchError, CacheNotFoundError
-from segkd.storage.geometry import Mapping, network_axis
-from segkd.storage.layout import PlannedSample, plan_units
 from segkd.storage.publish import canonical, signed
-from segkd.storage.spec import CacheSpec, TargetSpec
-from segkd.storage.table import CodedSample
-from segkd.storage.writer import CacheWriter
-
-TILE = 8
-SPEC = CacheSpec(
-    classes=("a", "b", "c"),
-    targets={
-        "soft": TargetSpec(
-            name="soft",
-            channels=3,
-            coder=CompandedDistribution(),
-            bound=1e-3,
-            measures=("kl",),
-            bounded=("kl",),
-            parameters={"temperatures": [1.0]},
-            fallback=True,
-        ),
-        "edges": TargetSpec(
-            name="edges",
-            channels=1,
-            coder=UniformSteps(reach=(1.5,)),
-            bound=0.1,
-            measures=("error",),
-            bounded=("error",),
-            parameters={},
-        ),
-    },
-    tile=TILE,
-    fingerprints=dict.fromkeys(("teacher", "preprocessing", "classes", "coding"), "0"),
-    teacher={"reference": "none"},
-)
-
-
-def planned(name: str) -> PlannedSample:
-    size = ((40, 70), (64, 64), (16, 20))[int(name[-2:]) % 3]
-    axes = [network_axis(pixels, -(-pixels // 4)) for pixels in size]
-    return PlannedSample(id=name, role=name.split("/")[0], image_size=size, mapping=Mapping(*axes))
-
-
-def coded(sample: PlannedSample, seed: int) -> CodedSample:
-    rng = np.random.default_rng([seed, *sample.id.encode()])
-    exact = sample.id.endswith("3")
-    codes = rng.integers(0, 255, (3, *sample.mapping.shape), np.uint8)
-    return CodedSample(
-        image_digest=hashlib.sha256(f"{seed} {sample.id}".encode()).digest(),
-        codes={
-            "soft": -codes.astype(np.float16) if exact else codes,
-            "edges": rng.integers(0, 256, (1, *sample.mapping.shape), np.uint8),
-        },
-        rungs={"soft": EXACT if exact else 0, "edges": 0},
-        measures={"soft": {"kl": rng.uniform(0, 1e-3)}, "edges": {"error": 0.05}},
-    )
-
-
-def write(path: Path, names: list[str], *, generation: int = 0, removed: tuple[str, ...] = (), stop: int = 99) -> None:
-    plan = plan_units([planned(name) for name in names], unit_samples=3, tile=TILE)
-    writer = CacheWriter(path, SPEC, plan, generation=generation, removed=removed)
-    for unit in plan.units[:stop]:
-        writer.write(unit, [coded(sample, generation) for sample in plan.of(unit)])
-    writer.seal()
-
-
-FIRST = [f"train/{k:02}" for k in range(7)] + [f"report/{k:02}" for k in range(2)]
-SECOND = ["train/01", "train/20", "train/23"]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of two generations, the second of which replaces train/01 and removes train/05."""
+def two(tmp_path_factory: pytest.TempPathFactory, made: ModuleType) -> Path:
+    """A cache of two generations, the second of which replaces samples of the first, and removes one."""
     path = tmp_path_factory.mktemp("audit") / "two.zarr"
-    write(path, FIRST)
-    write(path, SECOND, generation=1, removed=("train/01", "train/05"))
+    made.write_cache(path)
     return path
 
 
@@ -152,10 +83,10 @@ def test_damage_to_any_file_is_found_and_named(cache: Path, kind: str) -> None:
     assert verify(cache).whole
 
 
-def test_a_damaged_tile_concerns_its_sample_alone(cache: Path) -> None:
+def test_a_damaged_tile_concerns_its_sample_alone(cache: Path, made: ModuleType) -> None:
     """Every tile of every shard in turn: the sample that the audit names is the one whose tile it is."""
     found: set[str] = set()
-    for array in ("soft", "soft_exact", "edges"):
+    for array in ("soft", "soft_exact", "first_order"):
         for shard in sorted((cache / "generations/0" / array).glob("c.*.0.0.0")):
             content = shard.read_bytes()
             tiles = json.loads((cache / "generations/0" / array / "zarr.json").read_text())["chunk_grid"]
@@ -171,12 +102,12 @@ def test_a_damaged_tile_concerns_its_sample_alone(cache: Path) -> None:
                 found.update(report.samples)
             shard.write_bytes(content)
     # Those that the second generation has replaced or removed are read from there, or not at all.
-    assert found == set(FIRST) - {"train/01", "train/05"}
+    assert found == set(made.FIRST) - set(made.REMOVED)
 
 
-def test_without_its_index_a_shard_is_lost_and_without_its_table_a_unit(cache: Path) -> None:
-    plan = plan_units([planned(name) for name in FIRST], unit_samples=3, tile=TILE)
-    unit = next(unit for unit in plan.units if unit.role == "train")
+def test_without_its_index_a_shard_is_lost_and_without_its_table_a_unit(cache: Path, made: ModuleType) -> None:
+    plan = made.plan_of(made.FIRST)
+    unit = plan.units[-1]
     ids = [sample.id for sample in plan.of(unit)]
     folder = cache / "generations/0"
     for name in unit_objects(cache, unit.number):
@@ -184,11 +115,10 @@ def test_without_its_index_a_shard_is_lost_and_without_its_table_a_unit(cache: P
         (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         affected = verify(cache).damage[0].affected
         if name.startswith("samples/"):
-            assert (affected.ids, affected.following) == ((ids[0],), len(ids) - 1)
-            assert str(affected) == f"{ids[0]} and the {len(ids) - 1} that follow it"
+            assert (affected.ids, affected.unnamed, affected.first) == ((), len(ids), ids[0])
+            assert str(affected) == f"{len(ids)} in order from {ids[0]} on"
         else:
-            assert set(affected.ids) <= set(ids) - {"train/01", "train/05"}
-            assert affected.ids
+            assert affected.ids == tuple(ids)
         (folder / name).write_bytes(content)
 
 
@@ -207,9 +137,9 @@ def test_a_record_that_is_signed_but_not_the_unit_s_own_is_found(cache: Path) ->
     assert str(damage) == "generations/0/commits/seal.json: is not the seal of these commit records"
 
 
-def test_generations_are_a_chain(cache: Path, tmp_path: Path) -> None:
-    write(tmp_path / "other.zarr", FIRST[:5])
-    write(tmp_path / "other.zarr", SECOND, generation=1, removed=("train/01",))
+def test_generations_are_a_chain(cache: Path, tmp_path: Path, made: ModuleType) -> None:
+    made.write_generation(tmp_path / "other.zarr", made.FIRST[:5])
+    made.write_generation(tmp_path / "other.zarr", made.SECOND, number=1, removed=made.REMOVED)
     seal = "generations/1/commits/seal.json"
     shutil.copy(tmp_path / "other.zarr" / seal, cache / seal)
     assert f"{seal}: does not follow upon generations/0/commits/seal.json" in map(str, verify(cache).damage)
@@ -219,11 +149,12 @@ def test_generations_are_a_chain(cache: Path, tmp_path: Path) -> None:
     assert "generations/0/zarr.json: is lost" in map(str, report.damage)
 
 
-def test_an_unfinished_cache_is_checked_as_far_as_it_goes(tmp_path: Path) -> None:
-    write(tmp_path / "c.zarr", FIRST, stop=2)
+def test_an_unfinished_cache_is_checked_as_far_as_it_goes(tmp_path: Path, made: ModuleType) -> None:
+    made.write_generation(tmp_path / "c.zarr", made.FIRST, stop=2)
+    units = len(made.plan_of(made.FIRST).units)
     report = verify(tmp_path / "c.zarr")
-    assert (report.whole, report.sealed, report.pending, report.units) == (True, False, 2, 4)
-    assert "NOT finished: 2 of 4 units are not written" in report.lines()[0]
+    assert (report.whole, report.sealed, report.pending, report.units) == (True, False, units - 2, units)
+    assert f"NOT finished: {units - 2} of {units} units are not written" in report.lines()[0]
     name = unit_objects(tmp_path / "c.zarr", 1)[0]
     (tmp_path / "c.zarr/generations/0" / name).write_bytes(b"x")
     (damage,) = verify(tmp_path / "c.zarr").damage
@@ -301,7 +232,7 @@ def test_the_command_ends_with_1_for_damage_and_lists_the_samples(cache: Path) -
     whole = run.invoke(main, ["cache", "verify", str(cache), "-q"])
     assert whole.exit_code == 0
     assert whole.output.startswith(f"{cache}: whole; finished; {len(names_of(cache))} files, ")
-    name = next(name for name in unit_objects(cache, 3) if name.startswith("edges"))
+    name = next(name for name in unit_objects(cache, 4) if name.startswith("first_order"))
     content = (cache / "generations/0" / name).read_bytes()
     (cache / "generations/0" / name).write_bytes(content[:-8])
     damaged = run.invoke(main, ["cache", "verify", str(cache), "-q", "--workers", "1"])
@@ -309,8 +240,13 @@ def test_the_command_ends_with_1_for_damage_and_lists_the_samples(cache: Path) -
     assert damaged.output.splitlines() == [
         f"{cache}: DAMAGED in 1 files; finished; {len(names_of(cache))} files, "
         + damaged.output.split("files, ")[1].splitlines()[0],
-        f"  generations/0/{name}: has {len(content) - 8:,} bytes, {len(content):,} were written; samples: train/06",
+        f"  generations/0/{name}: has {len(content) - 8:,} bytes, {len(content):,} were written; samples: "
+        "train/10, train/11, train/13",
         f"  segkd cache repair {cache} --config RUN.toml writes this again, and nothing else",
     ]
     found = json.loads(run.invoke(main, ["cache", "verify", str(cache), "-q", "--json"]).output)
-    assert (found["whole"], found["samples"], found["damage"][0]["unit"]) == (False, ["train/06"], 3)
+    assert (found["whole"], found["samples"], found["damage"][0]["unit"]) == (
+        False,
+        ["train/10", "train/11", "train/13"],
+        4,
+    )
