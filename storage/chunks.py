@@ -15,6 +15,7 @@ import numpy.typing as npt
 from numcodecs.zstd import decompress  # type: ignore[import-untyped]
 
 from segkd.storage import context
+from segkd.storage.errors import CacheMismatchError
 
 CHECKSUM = 4
 """Bytes of a crc32c."""
@@ -37,12 +38,23 @@ def decode_chunk(
 ) -> npt.NDArray[np.generic]:
     """The array that a chunk's bytes were made of; it may be read-only.
 
-    Raises ValueError for bytes that are not those that were written, and for a codec that this version lacks.
+    Raises ValueError for bytes that are not those that were written. ``codec`` is one that :func:`require` let pass.
     """
-    body = unwrap(content)
+    return DECODERS[codec](unwrap(content), shape, dtype)
+
+
+def require(codec: str) -> None:
+    """Raises CacheMismatchError for a codec that this version lacks, ConfigError for one that lacks its compiler.
+
+    Compiled code is loaded here, so that workers that are forked later have it from the start.
+    """
     if codec not in DECODERS:
-        raise ValueError(f"its codec {codec!r} is not one of {sorted(DECODERS)}")
-    return DECODERS[codec](body, shape, dtype)
+        raise CacheMismatchError(
+            f"the cache is packed with the codec {codec!r}; this version of segkd reads {sorted(DECODERS)}; "
+            "install a newer one"
+        )
+    if codec == "context":
+        context.kernels()
 
 
 def _zstd(body: bytes, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:

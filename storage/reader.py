@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from segkd.storage.chunks import require
 from segkd.storage.coding import EXACT, Array
 from segkd.storage.errors import CacheDamagedError, CacheMismatchError, GeometryError
 from segkd.storage.generation import Generation, target_arrays
@@ -185,12 +186,14 @@ class _Part(NamedTuple):
 
 def _tile_array(generation: Generation, name: str, exact: bool) -> TileArray:
     spec = generation.spec.targets[target_arrays(generation.spec)[name][0]]
+    codec = "zstd" if exact else spec.codec
+    require(codec)
     return TileArray(
         folder=str(generation.array_folder(name)),
         shard_tiles=generation.plan.shard_tiles,
         shape=(spec.channels, generation.spec.tile, generation.spec.tile),
         dtype=np.dtype(np.float16) if exact else spec.coder.dtype,
-        codec="zstd" if exact else spec.codec,
+        codec=codec,
     )
 
 

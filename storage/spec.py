@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from segkd.storage.coding import Coder, coder_from_dict, coder_to_dict
-from segkd.storage.errors import CacheMismatchError
+from segkd.storage.errors import CacheMismatchError, ConfigError
 
 FORMAT = "1.0"
 """Version of the layout on disk. Every 1.x reads every 1.y: a minor version only adds what others may ignore."""
@@ -35,7 +37,13 @@ class TargetSpec:
     fallback: bool = False
     """Whether samples that no rung serves are kept in float16, in an array ``<name>_exact`` of their own."""
     codec: str = "zstd"
-    """How a tile's codes become bytes: see :mod:`segkd.storage.generation`."""
+    """How a tile's codes become bytes: ``zstd``, or ``context`` for codes of one byte each."""
+
+    def __post_init__(self) -> None:
+        if self.codec == "context" and self.coder.dtype != np.uint8:
+            raise ConfigError(
+                f"{self.name} is kept in {self.coder.dtype}, and the codec 'context' takes uint8 alone; choose 'zstd'"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON keeps it."""

@@ -16,9 +16,17 @@ from numcodecs.zstd import Zstd
 from zarr.codecs import Crc32cCodec
 
 from segkd.storage import context, context_kernel
+from segkd.storage.chunks import require
+from segkd.storage.coding import Raw, UniformSteps
 from segkd.storage.context import MARKED, PLANES, RAW, decode, encode
 from segkd.storage.context_codec import ContextCodec
-from segkd.storage.errors import ConfigError
+from segkd.storage.errors import CacheMismatchError, ConfigError
+from segkd.storage.geometry import Mapping, network_axis
+from segkd.storage.layout import PlannedSample, plan_units
+from segkd.storage.reader import CacheReader
+from segkd.storage.spec import CacheSpec, TargetSpec
+from segkd.storage.table import CodedSample
+from segkd.storage.writer import CacheWriter
 
 
 def field(seed: int, classes: int, height: int, width: int, levels: int = 24) -> np.ndarray:
@@ -237,6 +245,69 @@ def test_other_arrays_are_refused(tmp_path):
         array[:] = 1
     with pytest.raises(ConfigError, match="takes no configuration"):
         ContextCodec.from_dict({"name": "segkd.context", "configuration": {"version": 2}})
+
+
+def spec_with(codec, coder):
+    soft = TargetSpec(
+        name="soft", channels=5, coder=coder, bound=1.0, measures=("e",), bounded=("e",), parameters={}, codec=codec
+    )
+    return CacheSpec(classes=tuple("abcde"), targets={"soft": soft}, tile=16, fingerprints={}, teacher={})
+
+
+def write_cache(path, codec="context"):
+    """Three samples of 24×40 cells, and their codes."""
+    mapping = Mapping(network_axis(24, 24), network_axis(40, 40))
+    samples = [PlannedSample(id=f"{k}", role="train", image_size=(24, 40), mapping=mapping) for k in range(3)]
+    codes = {sample.id: field(k, 5, 24, 40) for k, sample in enumerate(samples)}
+    writer = CacheWriter(
+        path, spec_with(codec, UniformSteps(reach=(1.0,))), plan_units(samples, unit_samples=2, tile=16)
+    )
+    for unit in writer.plan.units:
+        writer.write(
+            unit,
+            [
+                CodedSample(
+                    image_digest=bytes(32),
+                    codes={"soft": codes[s.id]},
+                    rungs={"soft": 0},
+                    measures={"soft": {"e": 0.0}},
+                )
+                for s in writer.plan.of(unit)
+            ],
+        )
+    assert writer.seal()
+    return codes
+
+
+def test_a_dense_cache_is_read_by_the_reader_and_by_zarr(tmp_path):
+    codes = write_cache(tmp_path / "cache.zarr")
+    reader = CacheReader(tmp_path / "cache.zarr")
+    for name, expected in codes.items():
+        np.testing.assert_array_equal(reader.window(reader.entry(name), "soft", range(24), range(40)), expected)
+        np.testing.assert_array_equal(
+            reader.window(reader.entry(name), "soft", range(3, 20), range(10, 37)), expected[:, 3:20, 10:37]
+        )
+    tiles = zarr.open_group(tmp_path / "cache.zarr", mode="r")["generations/0/soft"]
+    first = reader.entry("1").first_tile
+    np.testing.assert_array_equal(tiles[first], codes["1"][:, :16, :16])
+
+
+def test_a_dense_cache_is_not_damaged_where_numba_is_missing(tmp_path, monkeypatch):
+    write_cache(tmp_path / "cache.zarr")
+    context.kernels.cache_clear()
+    monkeypatch.setitem(sys.modules, "segkd.storage.context_kernel", None)
+    monkeypatch.delattr("segkd.storage.context_kernel")
+    for attempt in (CacheReader, write_cache):
+        with pytest.raises(ConfigError, match=r"pip install 'segkd\[dense\]'"):
+            attempt(tmp_path / ("cache.zarr" if attempt is CacheReader else "new.zarr"))
+    context.kernels.cache_clear()
+
+
+def test_what_cannot_be_packed_so_is_refused():
+    with pytest.raises(ConfigError, match="soft is kept in float32, and the codec 'context' takes uint8 alone"):
+        spec_with("context", Raw())
+    with pytest.raises(CacheMismatchError, match="packed with the codec 'lzma'; this version of segkd reads"):
+        require("lzma")
 
 
 def test_without_numba_the_remedy_is_named(monkeypatch):
