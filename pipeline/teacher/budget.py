@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from segkd.pipeline.sizes import format_bytes, parse_bytes
 from segkd.pipeline.teacher.opened import Opened, open_run
 from segkd.pipeline.teacher.trial import TRIED, Trials
 from segkd.pipeline.teacher.volume import foretell
-from segkd.storage.errors import ConfigError
+from segkd.storage.errors import CacheError, ConfigError
 from segkd.storage.generation import METADATA, read_spec
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,14 @@ def _tightest(run: RunConfig, trials: Trials) -> float:
     @functools.cache
     def needed(number: int) -> int:
         """Bytes to allow for at one of the bounds: what is foretold, and how far off that may be."""
-        tried = trials.run(replace(run.cache, max_kl=BOUNDS[number], budget=""))
+        try:
+            tried = trials.run(replace(run.cache, max_kl=BOUNDS[number], budget=""))
+        except CacheError as error:
+            # A sample that no rung serves is not to be kept exactly; not even here, where the bound is loosest.
+            if number == len(BOUNDS) - 1:
+                raise
+            logger.debug("max_kl %.3g cannot be kept: %s", BOUNDS[number], error)
+            return sys.maxsize
         volume = foretell(opened, units, tried)
         logger.debug("max_kl %.3g takes %s", BOUNDS[number], format_bytes(volume.bytes))
         return round(volume.bytes * (1 + volume.uncertainty))

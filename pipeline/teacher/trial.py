@@ -93,17 +93,12 @@ class Trials:
         chosen = spread(opened.planned, count)
         batch = min(opened.config.batch, max(len(chosen) // 4, 1))
         units = max(len(chosen) // batch, 1)
-        # One role and ids that begin with the unit: the plan cuts units where it is meant to.
-        named = {
-            f"{number % units:06d}/{sample.id}": replace(sample, role=chosen[0].role)
-            for number, sample in enumerate(chosen)
-        }
+        # The plan cuts units at roles: with its number for a role, each is what it is meant to be.
         self.plan = plan_units(
-            [replace(sample, id=name) for name, sample in named.items()],
+            [replace(sample, role=f"{number % units:06d}") for number, sample in enumerate(chosen)],
             unit_samples=-(-len(chosen) // units),
             tile=opened.spec.tile,
         )
-        self._samples = {name: opened.samples[sample.id] for name, sample in named.items()}
         self._clock = _Clock()
         self._predictor = _Observed(opened.predictor, self._clock, room=REMEMBERED_BYTES if remember else 0)
 
@@ -113,7 +108,7 @@ class Trials:
         Raises what stage 1 raises.
         """
         spec = replace(self.opened.spec, targets=target_specs(config, len(self.opened.spec.classes)))
-        opened = replace(self.opened, samples=self._samples, predictor=self._predictor, spec=spec)
+        opened = replace(self.opened, predictor=self._predictor, spec=spec)
         finished: list[tuple[Unit, float]] = []
 
         def on_unit(unit: Unit, _: int | None) -> None:
