@@ -31,7 +31,7 @@ REMOVED = "removed"
 METADATA = "zarr.json"
 ONLY_CHUNK = "c.0.0"
 """The file of a table that has one chunk."""
-CHUNK_KEYS = {"name": "default", "separator": "."}
+CHUNK_KEYS: dict[str, Any] = {"name": "default", "separator": "."}
 """A shard is one file in its array's folder: with zarr's own choice it would stand four folders deeper, alone."""
 
 
