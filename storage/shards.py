@@ -88,9 +88,9 @@ class _File:
             content += more
         return content
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # as Python ends, ``os`` may be gone already
         if self.descriptor >= 0:
-            os.close(self.descriptor)
+            close(self.descriptor)
 
 
 class _Recent(Generic[Key, Value]):
