@@ -6,7 +6,7 @@ probabilities that depend on the same class's levels to the west and north, on t
 much the cell has been given so far. Classes without a neighbour share one decision a cell, so what is empty costs
 neither bytes nor time. Any other array of bytes is coded plane by plane against its neighbours, or kept as it is where
 that is shorter. docs/format.md states every rule; the ideas are those of lossless image coders (LOCO-I: Weinberger et
-al. 2000) and of logistic mixing (Mahoney 2005).
+al. 2000) and of adding models' logits (Mahoney 2005).
 """
 
 from __future__ import annotations
@@ -117,18 +117,17 @@ class _State:
         start = int.from_bytes(data[:4].tobytes().ljust(4, b"\0"), "big")
         self._coder = np.array([0, 0xFFFFFFFF, start, 4], np.int64)
         self._models = models.copy()
-        self._weights = np.full(2 * self._kernel.WEIGHT_SETS, self._kernel.WEIGHT, np.int64)
         self._data = data
 
     def marked(self, decoding: bool, levels: Codes, tops: npt.NDArray[np.int64], reach: int) -> None:
         self._coder[3] = 4 if decoding else 0
-        state = self._models, self._weights, self._coder, self._data
+        state = self._models, self._coder, self._data
         self._marked.code_tops(decoding, tops, len(levels), *state)
         self._marked.code_levels(decoding, levels, tops, reach, *state)
 
     def planes(self, decoding: bool, levels: Codes) -> None:
         self._coder[3] = 4 if decoding else 0
-        self._kernel.code_planes(decoding, levels, self._models, self._weights, self._coder, self._data)
+        self._kernel.code_planes(decoding, levels, self._models, self._coder, self._data)
 
     def finish(self) -> bytes | None:
         """What was written, with the one byte that ends it; None where it did not fit."""

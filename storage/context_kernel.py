@@ -20,8 +20,6 @@ import numpy.typing as npt
 Int = Any
 """int64 in the compiled code, whatever mypy makes of it."""
 
-WEIGHT = 30_000  # of either model in a fresh mixer; 65,536 is 1
-WEIGHT_SETS = 64
 COUNT_LIMIT = 62  # a model's rate of learning stops falling here
 # 65536 / (1 + exp(-x)) at x = -8, -7.5 ... 8.
 _KNOTS = np.array(
@@ -102,18 +100,16 @@ def compiled(signature: str, *, inline: bool = False) -> Callable[[Any], Any]:
     return compile_
 
 
-STATE = "int32[::1], int64[::1], int64[::1], uint8[::1]"
+STATE = "int32[::1], int64[::1], uint8[::1]"
 _U = np.uint64  # unsigned indexes spare the check for negative ones
 
 
-@compiled(f"int64(boolean, int64, int64, int64, int64, {STATE})", inline=True)
-def decide(
-    decoding: bool, bit: Int, first: Int, second: Int, mixer: Int, models: Any, weights: Any, coder: Any, data: Any
-) -> Int:
-    """Codes one yes or no by two mixed models; all three learn from it."""
+@compiled(f"int64(boolean, int64, int64, int64, {STATE})", inline=True)
+def decide(decoding: bool, bit: Int, first: Int, second: Int, models: Any, coder: Any, data: Any) -> Int:
+    """Codes one yes or no by two models, their logits halved and added; both learn from it."""
     state_1, state_2 = np.int64(models[_U(first)]), np.int64(models[_U(second)])
     logit_1, logit_2 = np.int64(STRETCH[_U(state_1 >> 16)]), np.int64(STRETCH[_U(state_2 >> 16)])
-    mixed = (weights[_U(2 * mixer)] * logit_1 + weights[_U(2 * mixer + 1)] * logit_2) >> 16
+    mixed = ((logit_1 + logit_2) * 33) >> 6
     p = np.int64(SQUASH[_U(min(max(mixed, -2048), 2047) + 2048)])
     low, high = coder[0], coder[1]
     middle = low + (((high - low) * p) >> 16)
@@ -135,9 +131,7 @@ def decide(
         coder[3] = at + 1
         low, high = (low << 8) & 0xFFFFFFFF, ((high << 8) & 0xFFFFFFFF) | 255
     coder[0], coder[1] = low, high
-    error, target = (bit << 16) - p, bit << 22
-    weights[_U(2 * mixer)] += (logit_1 * error + (1 << 14)) >> 15
-    weights[_U(2 * mixer + 1)] += (logit_2 * error + (1 << 14)) >> 15
+    target = bit << 22
     count, value = state_1 & 63, state_1 >> 6
     value += ((target - value) * RATE[_U(count)]) >> 16
     models[_U(first)] = (value << 6) | (count + (count < COUNT_LIMIT))
@@ -147,7 +141,7 @@ def decide(
     return bit
 
 
-@compiled(f"int64(boolean, int64, int64, int64, int64, int64, int64, {STATE})", inline=True)
+@compiled(f"int64(boolean, int64, int64, int64, int64, int64, {STATE})", inline=True)
 def number(
     decoding: bool,
     value: Int,
@@ -155,18 +149,14 @@ def number(
     first: Int,
     second: Int,
     bin_: Int,
-    mixer: Int,
     models: Any,
-    weights: Any,
     coder: Any,
     data: Any,
 ) -> Int:
     """Codes a number of at most 256 that is known to reach the nodes before ``node``."""
     while node < 9:
         reached = np.int64(value >= NODES[node])
-        if not decide(
-            decoding, reached, first + node, second + node, mixer + min(node, 3), models, weights, coder, data
-        ):
+        if not decide(decoding, reached, first + node, second + node, models, coder, data):
             break
         node += 1
     if node < 3:
@@ -181,12 +171,12 @@ def number(
         else:
             model_1 = TRAILING + bits * 8 + bit
             model_2 = model_1 + 64
-        read = 2 * read + decide(decoding, (rest >> bit) & 1, model_1, model_2, mixer + 3, models, weights, coder, data)
+        read = 2 * read + decide(decoding, (rest >> bit) & 1, model_1, model_2, models, coder, data)
     return low + read
 
 
 @compiled(f"void(boolean, uint8[:,:,::1], {STATE})")
-def code_planes(decoding: bool, planes: Any, models: Any, weights: Any, coder: Any, data: Any) -> None:
+def code_planes(decoding: bool, planes: Any, models: Any, coder: Any, data: Any) -> None:
     """Codes planes K,h,w of any bytes, each value against what its neighbours foretell."""
     classes, height, width = planes.shape
     for k in range(classes):
@@ -214,9 +204,7 @@ def code_planes(decoding: bool, planes: Any, models: Any, weights: Any, coder: A
                     first,
                     NEIGHBOURS + 16 * second,
                     min(7, rough >> 1),
-                    8 + 4 * min(11, rough),
                     models,
-                    weights,
                     coder,
                     data,
                 )

@@ -30,7 +30,7 @@ _U = np.uint64  # unsigned indexes spare the check for negative ones
 
 
 @compiled(f"void(boolean, int64[:,::1], int64, {STATE})")
-def code_tops(decoding: bool, tops: Any, classes: Int, models: Any, weights: Any, coder: Any, data: Any) -> None:
+def code_tops(decoding: bool, tops: Any, classes: Int, models: Any, coder: Any, data: Any) -> None:
     """Codes the map of top classes; ``tops`` has a frame of two cells of -1 around the cells."""
     bits = 0
     while (1 << bits) < classes:
@@ -65,9 +65,7 @@ def code_tops(decoding: bool, tops: Any, classes: Int, models: Any, weights: Any
                     np.int64(tops[i, j] == top),
                     first + 256 * step,
                     second + 256 * step,
-                    step,
                     models,
-                    weights,
                     coder,
                     data,
                 )
@@ -79,7 +77,7 @@ def code_tops(decoding: bool, tops: Any, classes: Int, models: Any, weights: Any
                     model_1 = TOP + 768 + min((1 << (bits - 1 - bit)) - 1 + top, 127)
                     model_2 = TOP + 896 + 8 * min(w, 15) + min(7, bit)
                     bit_value = (tops[i, j] >> bit) & 1
-                    top = 2 * top + decide(decoding, bit_value, model_1, model_2, 3, models, weights, coder, data)
+                    top = 2 * top + decide(decoding, bit_value, model_1, model_2, models, coder, data)
                 top = min(top, classes - 1)
             tops[i, j] = top
 
@@ -95,9 +93,7 @@ def _root(square: Int) -> Int:
 
 
 @compiled(f"void(boolean, uint8[:,:,::1], int64[:,::1], int64, {STATE})")
-def code_levels(
-    decoding: bool, levels: Any, tops: Any, reach: Int, models: Any, weights: Any, coder: Any, data: Any
-) -> None:
+def code_levels(decoding: bool, levels: Any, tops: Any, reach: Int, models: Any, coder: Any, data: Any) -> None:
     """Codes the levels K,h,w of every class but a cell's top one, given the map of tops.
 
     The top classes' own levels must be 0 and come out as 255. ``tops`` may have more rows than are decoded.
@@ -160,9 +156,7 @@ def code_levels(
                         first,
                         NEIGHBOURS + 16 * second,
                         min(7, predicted >> 6),
-                        8 + 4 * case,
                         models,
-                        weights,
                         coder,
                         data,
                     )
@@ -186,7 +180,7 @@ def code_levels(
                             break
                 first = QUIET + (min(seen, 7) * 5 + hits[w] + hits[n] + hits[nw] + hits[ne]) * 3 + min(2, count)
                 second = QUIET + 128 + 4 * min(31, around) + min(3, count)
-                hit = decide(decoding, hit, first, second, 4, models, weights, coder, data)
+                hit = decide(decoding, hit, first, second, models, coder, data)
             hits[here] = hit
             if hit:
                 found = 0
@@ -199,11 +193,11 @@ def code_levels(
                     if found or left:
                         first = QUIET + 256 + 2 * min(k, 127) + (found > 0)
                         second = QUIET + 512 + 2 * min(left, 31) + (found > 0)
-                        lights = decide(decoding, np.int64(level > 0), first, second, 5, models, weights, coder, data)
+                        lights = decide(decoding, np.int64(level > 0), first, second, models, coder, data)
                     if lights:
                         found += 1
                         second = QUIET + 592 + 16 * min(found, 3)
-                        level = number(decoding, level, 1, QUIET + 576, second, 0, 56, models, weights, coder, data)
+                        level = number(decoding, level, 1, QUIET + 576, second, 0, models, coder, data)
                         level = min(level, 254)
                         count, total, squares = count + 1, total + level, squares + level * level
                         ring[here * classes + k] = level

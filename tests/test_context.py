@@ -330,4 +330,4 @@ def test_it_compiles_where_no_cache_can_be_written(monkeypatch):
 
 
 SMALL = [field(13, 4, 8, 8), field(14, 70, 4, 4), field(15, 2, 8, 8)[:1] // 2, padded(field(16, 3, 3, 4), 16)]
-STREAMS = ["3086bca5ba91c36c", "c6e847233ddbe2fd", "e83061e7899a2a39"]
+STREAMS = ["db076e106ee8f92d", "fa2dd28c0d080289", "6a3fedf50596335f"]

@@ -33,7 +33,7 @@ def bin_s(x: int) -> int:
 
 
 class Reader:
-    """Decisions and numbers; models and mixers come into being when they are first asked for."""
+    """Decisions and numbers; models come into being when they are first asked for."""
 
     def __init__(self, data: bytes) -> None:
         self.rest: Iterator[int] = iter(data)
@@ -41,7 +41,6 @@ class Reader:
         for _ in range(4):
             self.code = self.code << 8 | next(self.rest, 0)
         self.models: dict[tuple, list[int]] = {}
-        self.mixers: dict[int, list[int]] = {}
 
     def model(self, name: tuple) -> list[int]:
         if name not in self.models:
@@ -62,11 +61,10 @@ class Reader:
         z = max(-1500, min(1500, (15 * (20 * place_bin - even) >> 1) + offset))
         return [64 * SQUASH[z + 2048], 2]
 
-    def decide(self, first: tuple, second: tuple, mixer: int) -> int:
+    def decide(self, first: tuple, second: tuple) -> int:
         models = [self.model(first), self.model(second)]
-        weights = self.mixers.setdefault(mixer, [30_000, 30_000])
-        s = [STRETCH[q >> 10] for q, _ in models]
-        p = SQUASH[max(-2048, min(2047, (weights[0] * s[0] + weights[1] * s[1]) >> 16)) + 2048]
+        d = 33 * sum(STRETCH[q >> 10] for q, _ in models) >> 6
+        p = SQUASH[max(-2048, min(2047, d)) + 2048]
         middle = self.low + ((self.high - self.low) * p >> 16)
         yes = self.code <= middle
         if yes:
@@ -76,21 +74,19 @@ class Reader:
         while self.low >> 24 == self.high >> 24:
             self.low, self.high = self.low << 8 & 0xFFFFFFFF, self.high << 8 & 0xFFFFFFFF | 255
             self.code = self.code << 8 & 0xFFFFFFFF | next(self.rest, 0)
-        e = 65536 * yes - p
-        for i, model in enumerate(models):
-            weights[i] += (s[i] * e + 2**14) >> 15
+        for model in models:
             model[0] += (2**22 * yes - model[0]) * (655360 // (10 * model[1] + 16)) >> 16
             model[1] = min(model[1] + 1, 62)
         return int(yes)
 
-    def number(self, a: tuple, b: tuple, g: int, mixer: int, start: int = 0) -> int:
+    def number(self, a: tuple, b: tuple, g: int, start: int = 0) -> int:
         """Contexts are a family's name and a place; in QUIET the place itself goes up."""
 
         def at(context: tuple, t: int) -> tuple:
             return (*context[:-1], context[-1] + t) if context[0] == "QUIET" else (*context, t)
 
         t = start
-        while t < 9 and self.decide(at(a, t), at(b, t), mixer + min(t, 3)):
+        while t < 9 and self.decide(at(a, t), at(b, t)):
             t += 1
         if t < 3:
             return t
@@ -102,7 +98,7 @@ class Reader:
                 pair = ("LEADING", count - 1, g, 2 + read), at(b, 10 + min(4, 2 * count - 1))
             else:
                 pair = ("TRAILING", 0, count, count - 1 - done), ("TRAILING", 1, count, count - 1 - done)
-            read = 2 * read + self.decide(*pair, mixer + 3)
+            read = 2 * read + self.decide(*pair)
         return BOUNDS[t - 1] + read
 
 
@@ -131,7 +127,7 @@ def read_tops(reader: Reader, classes: int, rows: int, columns: int) -> dict[tup
             for step, top in enumerate((w, n, ne)):
                 if top in (w, n, ne)[:step]:
                     continue
-                if reader.decide(("TOP", 0, step, a), ("TOP", 1, step, b), step):
+                if reader.decide(("TOP", 0, step, a), ("TOP", 1, step, b)):
                     break
             else:
                 top, length = 0, (classes - 1).bit_length()
@@ -139,7 +135,7 @@ def read_tops(reader: Reader, classes: int, rows: int, columns: int) -> dict[tup
                     depth = length - 1 - bit
                     first = ("TOP", 0, 3, min(2**depth - 1 + top, 127))
                     second = ("TOP", 0, 3, 128 + 8 * min(w, 15) + min(7, bit))
-                    top = 2 * top + reader.decide(first, second, 3)
+                    top = 2 * top + reader.decide(first, second)
             tops[i, j] = top
     return tops
 
@@ -164,7 +160,7 @@ def read_marked(reader: Reader, classes: int, rows: int, columns: int, reach: in
             beta = 1 + ahead[0].count(k) if k in ahead[0] else int(k in ahead[1])
             phi = 0 if not any(done) else 1 if 2 * sum(done) < sigma else 2
             a, b = ("SLOPE", bin_p(x), beta, phi), ("NEAR", bin_l(w), bin_l(n), bin_s(nw), bin_s(ne))
-            cell[k] = reader.number(a, b, min(7, x >> 6), 8 + 4 * (3 * beta + phi))
+            cell[k] = reader.number(a, b, min(7, x >> 6))
             done.append(cell[k])
         left = [k for k in range(classes) if k not in awake and k != top]
         if left:
@@ -172,15 +168,15 @@ def read_marked(reader: Reader, classes: int, rows: int, columns: int, reach: in
             total = sum(hits.get(place, 0) for place in near)
             first = ("QUIET", (5 * min(len(awake), 7) + total) * 3 + min(2, c))
             second = ("QUIET", 128 + 4 * min(31, sigma) + min(3, c))
-            hits[i, j] = reader.decide(first, second, 4)
+            hits[i, j] = reader.decide(first, second)
         if hits[i, j]:
             found = 0
             for r, k in zip(reversed(range(len(left))), left, strict=True):
                 f = int(found > 0)
                 first, second = ("QUIET", 256 + 2 * min(k, 127) + f), ("QUIET", 512 + 2 * min(r, 31) + f)
-                if (not found and not r) or reader.decide(first, second, 5):
+                if (not found and not r) or reader.decide(first, second):
                     found += 1
-                    cell[k] = reader.number(("QUIET", 576), ("QUIET", 592 + 16 * min(3, found)), 0, 56, start=1)
+                    cell[k] = reader.number(("QUIET", 576), ("QUIET", 592 + 16 * min(3, found)), 0, start=1)
         sums[i, j] = sum(cell)
         out[:, i, j] = cell
         out[top, i, j] = 255
@@ -199,7 +195,7 @@ def read_planes(reader: Reader, classes: int, rows: int, columns: int) -> np.nda
                 room, rho = min(guess, 255 - guess), abs(w - nw) + abs(n - nw) + abs(n - ne)
                 a = ("SLOPE", bin_p(16 * min(rho, 511)), min(3, guess), 0)
                 b = ("NEAR", bin_l(abs(w - nw)), bin_l(abs(n - nw)), bin_s(abs(n - ne)), min(3, guess))
-                folded = reader.number(a, b, min(7, rho >> 1), 8 + 4 * min(11, rho))
+                folded = reader.number(a, b, min(7, rho >> 1))
                 choices = (value for value in range(256) if fold(value - guess, room) == folded)
                 out[k, i, j] = next(choices)
     return out
