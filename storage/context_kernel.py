@@ -109,7 +109,7 @@ def decide(decoding: bool, bit: Int, first: Int, second: Int, models: Any, coder
     """Codes one yes or no by two models, their logits halved and added; both learn from it."""
     state_1, state_2 = np.int64(models[_U(first)]), np.int64(models[_U(second)])
     logit_1, logit_2 = np.int64(STRETCH[_U(state_1 >> 16)]), np.int64(STRETCH[_U(state_2 >> 16)])
-    mixed = ((logit_1 + logit_2) * 33) >> 6
+    mixed: Int = ((logit_1 + logit_2) * 33) >> 6
     p = np.int64(SQUASH[_U(min(max(mixed, -2048), 2047) + 2048)])
     low, high = coder[0], coder[1]
     middle = low + (((high - low) * p) >> 16)
