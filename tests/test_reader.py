@@ -169,7 +169,6 @@ def test_what_was_written_is_read_in_whatever_generation_it_is(cache: Path) -> N
         for target, codes in written.codes.items():
             np.testing.assert_array_equal(reader.window(entry, target, *map(range, entry.mapping.shape)), codes)
         values = reader.values(entry, "soft")
-        np.testing.assert_allclose(np.exp(values.astype(np.float64)).sum(axis=0), 1, atol=1e-4)
 
 
 def test_a_window_that_leaves_the_grid_is_refused(cache: Path) -> None:
