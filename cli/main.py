@@ -11,6 +11,7 @@ import click
 from segkd import __version__
 from segkd.cli.cache_compact import cache_compact
 from segkd.cli.cache_info import cache_info
+from segkd.cli.cache_repair import cache_repair
 from segkd.cli.cache_show import cache_show
 from segkd.cli.cache_verify import cache_verify
 from segkd.cli.data_check import data_check
@@ -79,6 +80,7 @@ def cache() -> None:
 data.add_command(data_check, "check")
 cache.add_command(cache_compact, "compact")
 cache.add_command(cache_info, "info")
+cache.add_command(cache_repair, "repair")
 cache.add_command(cache_show, "show")
 cache.add_command(cache_verify, "verify")
 main.add_command(plan)

@@ -150,6 +150,11 @@ def rows_of(generation: Generation, unit: int) -> npt.NDArray[Any] | None:
     return present
 
 
+def directory_of_units(generation: Generation) -> npt.NDArray[Any]:
+    """The directory of a generation's units. Raises CacheDamagedError where it cannot be read."""
+    return _table(generation, f"{UNITS}/{ONLY_CHUNK}", generation.plan.units, directory_dtype(generation.plan))
+
+
 def failing_tiles(shard: Path, shard_tiles: int) -> set[int]:
     """The tiles of a shard, numbered within it, whose bytes are not those that were written, or that it lacks."""
     try:
@@ -190,7 +195,7 @@ def _tiles(generation: Generation, row: npt.NDArray[Any]) -> range:
 
 def _from_directory(generation: Generation, unit: int) -> Affected:
     try:
-        units = _table(generation, f"{UNITS}/{ONLY_CHUNK}", generation.plan.units, directory_dtype(generation.plan))
+        units = directory_of_units(generation)
         return Affected((), int(units[unit]["samples"]), units[unit]["first_id"].decode(errors="replace"))
     except (CacheDamagedError, ValueError, TypeError, IndexError):
         return Affected((), generation.plan.unit_samples)

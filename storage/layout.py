@@ -114,7 +114,7 @@ def plan_units(samples: Sequence[PlannedSample], *, unit_samples: int, tile: int
         first_sample += len(sizes)
         first_shard += shards
     spec = PlanSpec(
-        digest=_digest(ordered),
+        digest=list_digest(ordered),
         roles=dict(sorted(Counter(sample.role for sample in ordered).items())),
         units=len(units),
         shards=first_shard,
@@ -156,7 +156,8 @@ def _shard_tiles(units: Counter[int]) -> int:
     return min(costs, key=lambda size: (costs[size], size), default=1)
 
 
-def _digest(samples: Sequence[PlannedSample]) -> str:
+def list_digest(samples: Sequence[PlannedSample]) -> str:
+    """SHA-256 of a sorted list of samples: role, id, image size, grid and mapping."""
     digest = hashlib.sha256()
     for sample in samples:
         y, x = sample.mapping.y, sample.mapping.x

@@ -137,3 +137,14 @@ class Statistics:
             statistics.rungs[target] = {int(rung): int(count) for rung, count in kept["rungs"].items()}
             statistics.over_bound[target] = int(kept["over_bound"])
         return statistics
+
+
+def unit_content(rows: npt.NDArray[Any], spec: CacheSpec) -> dict[str, Any]:
+    """What a unit's commit record says of its samples, whose rows alone decide it."""
+    return {
+        "role": rows["role"][0].decode(),
+        "samples": len(rows),
+        "pixels": sum(int(row["height"]) * int(row["width"]) for row in rows),
+        "cells": sum(int(row["grid_height"]) * int(row["grid_width"]) for row in rows),
+        "statistics": Statistics.of(rows, spec).to_dict(),
+    }

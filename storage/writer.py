@@ -34,7 +34,7 @@ from segkd.storage.packing import encode_chunk, pack_shards, threads
 from segkd.storage.publish import UnitPublisher, create_whole, explained, read_document, remove_synced
 from segkd.storage.sealing import close_generation, seal_generation
 from segkd.storage.spec import CacheSpec, require_equal
-from segkd.storage.statistics import Statistics
+from segkd.storage.statistics import unit_content
 from segkd.storage.table import CodedSample, as_bytes, fill_row
 
 
@@ -72,14 +72,7 @@ class CacheWriter:
             return None
         rows = self._rows(unit, coded)
         objects = self._encode(unit, coded, rows)
-        planned = self.plan.of(unit)
-        content = {
-            "role": unit.role,
-            "samples": unit.samples,
-            "pixels": sum(sample.image_size[0] * sample.image_size[1] for sample in planned),
-            "cells": sum(sample.mapping.shape[0] * sample.mapping.shape[1] for sample in planned),
-            "statistics": Statistics.of(rows[: unit.samples], self.spec).to_dict(),
-        }
+        content = unit_content(rows[: unit.samples], self.spec)
         absent = [name for name in self._object_names(unit) if name not in objects]
         if self.publisher.publish(unit.number, objects, content, absent):
             return sum(map(len, objects.values()))

@@ -1,0 +1,207 @@
+"""Repair: after any damage the cache is, byte for byte, what it was before, or what cannot be repaired is said."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from segkd.cli.main import main
+from segkd.pipeline.config import RunConfig, load
+from segkd.pipeline.teacher.cache import teacher_cache
+from segkd.pipeline.teacher.repair import repair
+from segkd.storage.audit import verify
+from segkd.storage.errors import CacheDamagedError, CacheError, CacheMismatchError, SegkdError
+from segkd.storage.reader import CacheReader
+from segkd.storage.repair import ReplacingWriter
+
+SETTINGS = ("cache.unit_samples=2", "cache.batch=2", "cache.tile=8", "cache.max_kl=0.01")
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[[Path], Path]) -> Path:
+    """A folder with a run of six samples, and its cache of three units."""
+    run = make_run(tmp_path_factory.mktemp("repair"))
+    teacher_cache(load(run, SETTINGS))
+    return run.parent
+
+
+@pytest.fixture
+def run(place: Path, tmp_path: Path) -> RunConfig:
+    """The run with a copy of its cache to damage."""
+    shutil.copytree(place / "cache.zarr", tmp_path / "c.zarr")
+    return load(place / "tiny.toml", [*SETTINGS, f"cache.path={json.dumps(str(tmp_path / 'c.zarr'))}"])
+
+
+def damage(path: Path, at: int = 5) -> None:
+    content = bytearray(path.read_bytes())
+    content[at % len(content)] ^= 85
+    path.write_bytes(content)
+
+
+def test_damage_to_any_file_is_repaired_byte_for_byte(run: RunConfig) -> None:
+    cache, rng = Path(run.cache.path), random.Random(0)
+    whole = files_of(cache)
+    for number, (name, content) in enumerate(whole.items()):
+        kind = ("flip", "cut", "lose")[number % 3]
+        if kind == "flip":
+            damage(cache / name, rng.randrange(len(content)))
+        elif kind == "cut":
+            (cache / name).write_bytes(content[: rng.randrange(len(content))])
+        else:
+            (cache / name).unlink()
+        summary = repair(run)
+        assert (summary.whole, summary.sealed, summary.failures) == (True, True, ()), (name, kind)
+        assert files_of(cache) == whole, (name, kind)
+        redone = "/c." in name and not name.startswith("generations/0/units/")
+        assert summary.units == redone, name
+    assert repair(run).lines()[0].startswith(f"{cache}: whole and finished; nothing to do; ")
+
+
+def test_much_damage_at_once(run: RunConfig) -> None:
+    cache = Path(run.cache.path)
+    whole = files_of(cache)
+    for name in ("zarr.json", "generations/0/zarr.json", "generations/0/soft/zarr.json"):
+        damage(cache / name, 40)
+    shutil.rmtree(cache / "generations/0/soft")
+    damage(cache / "generations/0/samples/c.1.0")
+    damage(cache / "generations/0/commits/00000002.json")
+    assert repair(run).whole
+    assert files_of(cache) == whole
+
+
+def test_a_lost_seal_with_damage_beside_it(run: RunConfig) -> None:
+    cache = Path(run.cache.path)
+    whole = files_of(cache)
+    damage(cache / "generations/0/commits/seal.json")
+    damage(cache / "generations/0/first_order/c.0.0.0.0")
+    assert repair(run).whole
+    assert files_of(cache) == whole
+
+
+def test_interrupted_anywhere_it_says_so_and_goes_on(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops in the moment in which the first, then the second damaged unit has been withdrawn."""
+    cache = Path(run.cache.path)
+    whole = files_of(cache)
+    for unit in range(2):
+        damage(cache / f"generations/0/samples/c.{unit}.0")
+    with monkeypatch.context() as patch:
+        withdraw = ReplacingWriter.withdraw
+
+        def stop(self: ReplacingWriter, unit: object) -> None:
+            withdraw(self, unit)  # type: ignore[arg-type]
+            raise KeyboardInterrupt
+
+        patch.setattr(ReplacingWriter, "withdraw", stop)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                repair(run)
+            assert not verify(cache).sealed
+            with pytest.raises(CacheError):
+                CacheReader(cache)
+    summary = repair(run)
+    assert (summary.units, summary.whole, summary.sealed) == (2, True, True)
+    assert files_of(cache) == whole
+
+
+@pytest.fixture
+def grown(tmp_path: Path, place: Path) -> tuple[RunConfig, Path]:
+    """A run of its own whose cache has a second generation: one image changed, one added, one removed."""
+    root = tmp_path / "data"
+    shutil.copytree(place, root, ignore=shutil.ignore_patterns("*.zarr*"))
+    text = (root / "tiny.toml").read_text().replace(str(place), str(root))
+    (root / "tiny.toml").write_text(text)
+    grown = load(root / "tiny.toml", SETTINGS)
+    teacher_cache(grown)
+    rng = np.random.default_rng(5)
+    picture = Image.fromarray(rng.integers(0, 256, (32, 40, 3), np.uint8))
+    picture.save(root / "images" / "b" / "1.png")
+    picture.save(root / "images" / "b" / "7.png")
+    (root / "images" / "d" / "0.png").unlink()
+    (root / "labels" / "d" / "0.png").unlink()
+    teacher_cache(grown)
+    assert len(CacheReader(grown.cache.path).generations) == 2
+    return grown, root
+
+
+def test_generations_are_repaired_one_after_another(grown: tuple[RunConfig, Path]) -> None:
+    run, _ = grown
+    cache = Path(run.cache.path)
+    whole, left = files_of(cache), []
+    for name, content in whole.items():
+        damage(cache / name, len(content) // 2)
+        summary = repair(run)
+        if summary.failures:
+            left.append(name)
+            assert not summary.whole
+            assert summary.sealed
+            (cache / name).write_bytes(content)
+        assert files_of(cache) == whole, name
+    # The units of the first generation whose images are not what they were: these bytes nobody can make again.
+    commits = (json.loads((cache / f"generations/0/commits/0000000{unit}.json").read_bytes()) for unit in (0, 1))
+    assert sorted(left) == sorted(f"generations/0/{name}" for record in commits for name in record["objects"])
+
+
+def test_a_unit_whose_images_have_changed_is_named_and_left_alone(grown: tuple[RunConfig, Path]) -> None:
+    run, _ = grown
+    cache = Path(run.cache.path)
+    damage(cache / "generations/0/soft/c.0.0.0.0")
+    damage(cache / "generations/0/soft/c.1.0.0.0")
+    before = files_of(cache)
+    summary = repair(run)
+    assert summary.lines()[0].startswith(f"{cache}: STILL DAMAGED and finished; no unit written; ")
+    assert summary.failures == (
+        "unit 0 of generation 0: images that it was made of have changed since: b/1",
+        "unit 1 of generation 0: images that it was made of are no longer in the list: d/0",
+    )
+    assert files_of(cache) == before
+    assert "segkd cache compact" in summary.lines()[-1]
+
+
+def test_another_teacher_is_refused_before_anything_is_touched(run: RunConfig, place: Path) -> None:
+    cache = Path(run.cache.path)
+    damage(cache / "generations/0/samples/c.0.0")
+    other = load(place / "tiny.toml", [*SETTINGS, f"cache.path={json.dumps(run.cache.path)}", "cache.tile=16"])
+    before = files_of(cache)
+    with pytest.raises(CacheMismatchError, match="was written with another tile"):
+        repair(other)
+    damage(cache / "zarr.json")
+    with pytest.raises(
+        CacheDamagedError, match=r"zarr.json is damaged, and no seal says that it is what this run file"
+    ):
+        repair(other)
+    damage(cache / "zarr.json")
+    assert files_of(cache) == before
+
+
+def test_the_command(run: RunConfig, place: Path) -> None:
+    cache = Path(run.cache.path)
+    whole = files_of(cache)
+    damage(cache / "generations/0/soft/c.2.0.0.0")
+    damage(cache / "generations/zarr.json")
+    arguments = ["cache", "repair", str(cache), "-q", "-c", str(place / "tiny.toml")]
+    arguments += [part for setting in SETTINGS for part in ("--set", setting)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    first, second = done.output.splitlines()
+    assert first.startswith(f"{cache}: whole and finished; 1 units of 2 samples written again; ")
+    assert second == "  made again from what is intact: generations/zarr.json"
+    assert files_of(cache) == whole
+    damage(cache / "generations/0/samples/c.0.0")
+    shutil.move(place / "images" / "b", place / "images" / "hidden")
+    try:
+        with pytest.raises(SegkdError):
+            repair(run)
+    finally:
+        shutil.move(place / "images" / "hidden", place / "images" / "b")
