@@ -168,7 +168,6 @@ def test_what_was_written_is_read_in_whatever_generation_it_is(cache: Path) -> N
         assert entry.rungs == written.rungs
         for target, codes in written.codes.items():
             np.testing.assert_array_equal(reader.window(entry, target, *map(range, entry.mapping.shape)), codes)
-        values = reader.values(entry, "soft")
 
 
 def test_a_window_that_leaves_the_grid_is_refused(cache: Path) -> None:
