@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -139,8 +140,7 @@ def _zarr_array(folder: Path) -> Callable[[slice], npt.NDArray[Any]]:
 
 
 def _tensorstore_array(folder: Path) -> Callable[[slice], npt.NDArray[Any]]:
-    import tensorstore
-
+    tensorstore: Any = importlib.import_module("tensorstore")  # no dependency: compared with where it is installed
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder)}, "recheck_cached_data": "open"}
     array = tensorstore.open(spec, context=context).result()
