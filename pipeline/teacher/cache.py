@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import socket
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from segkd.pipeline.config import RunConfig
+from segkd.pipeline.data.sample import Role
 from segkd.pipeline.progress import SILENT, Progress, Task
 from segkd.pipeline.teacher.budget import resolve_budget
+from segkd.pipeline.teacher.division import Share
+from segkd.pipeline.teacher.increments import find_work
 from segkd.pipeline.teacher.opened import open_run
+from segkd.storage.generation import Generation
 from segkd.storage.layout import Unit
-from segkd.storage.publish import explained
+from segkd.storage.publish import explained, read_signed
 from segkd.storage.reader import CacheReader
+from segkd.storage.statistics import Statistics
 from segkd.storage.writer import CacheWriter
+
+logger = logging.getLogger("segkd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +42,6 @@ class CacheSummary:
     classes: int
     written: int | None
     """Samples that this run has written, 0 when the cache was complete before; None when it was only looked at."""
-    seconds: float
     bytes: int
     """Bytes of all targets and tables, without the metadata files."""
     float32_pixels_bytes: int
@@ -42,6 +51,15 @@ class CacheSummary:
     sealed: bool
     report: dict[str, Any]
     """The coding report: per target the mean and the maximum over the samples of each measure."""
+    replaced: int = 0
+    """Entries that a later generation has replaced or removed; they are stored until the cache is compacted."""
+    seconds: float = 0.0
+    task: str | None = None
+    """The task that this run was, where several share the work: the figures are of its units, unless all are done."""
+    pending_units: int = 0
+    """Units that other tasks have yet to write."""
+    changes: dict[str, int] | None = None
+    """Samples added, changed and removed, where the run has added to a finished cache."""
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -54,8 +72,9 @@ class CacheSummary:
         roles = ", ".join(f"{count:,} {role}" for role, count in self.roles.items())
         state = "complete" if self.sealed else "NOT complete"
         done = f"; {self.written:,} samples in {self.seconds:.1f} s" if self.written else "; nothing to do"
+        task = f"; {self.task}" if self.task else ""
         lines = [
-            f"{self.path}: {state}; {roles}{'' if self.written is None else done}",
+            f"{self.path}: {state}{task}; {roles or 'no samples'}{'' if self.written is None else done}",
             f"  {self.bytes / 1e6:,.2f} MB, {per_sample:,.0f} bytes a sample: 1/"
             f"{self.float32_pixels_bytes / max(self.bytes, 1):,.0f} of float32 at pixel size, 1/"
             f"{self.float16_grid_bytes / max(self.bytes, 1):,.1f} of float16 on the teacher's grid",
@@ -67,39 +86,81 @@ class CacheSummary:
             )
             over = f"; {report['over_bound']:,} samples OVER the bound" if report["over_bound"] else ""
             lines.append(f"  {target}: {measures}{over}")
+        if self.changes is not None:
+            lines.append("  since it was finished: " + ", ".join(f"{n:,} {what}" for what, n in self.changes.items()))
+        if self.replaced:
+            lines.append(f"  {self.replaced:,} replaced entries are still stored; segkd cache compact removes them")
+        if self.pending_units:
+            lines.append(
+                f"  {self.pending_units:,} units are pending elsewhere; whoever writes the last one finishes it"
+            )
         return lines
 
 
-def teacher_cache(run: RunConfig, *, progress: Progress = SILENT) -> CacheSummary:
-    """Writes the cache that ``run`` describes, or what is missing of it.
+def teacher_cache(
+    run: RunConfig,
+    *,
+    share: Share | None = None,
+    dask: str | None = None,
+    close: bool = False,
+    progress: Progress = SILENT,
+) -> CacheSummary:
+    """Writes the cache that ``run`` describes, or what is missing of it, or what its list has gained since.
+
+    ``share``: this task's part of the units. ``dask``: the workers that do the work, as ``local:N`` or the address of a
+    scheduler. ``close``: an unfinished generation that was begun with another list is sealed with what it has.
 
     Raises ConfigError, DataError, NetworkError and CacheError with what to do; units that are finished by then stay.
     """
-    run = resolve_budget(run)
-    opened, config = open_run(run), run.cache
-    plan = opened.units(opened.planned)
-    writer = CacheWriter(config.path, opened.spec, plan)
-    stage = opened.stage(plan)
     began = time.monotonic()
+    opened = open_run(resolve_budget(run))
+    work = find_work(opened, close=close, progress=progress)
+    if work is None:
+        return replace(summarise(opened.config.path, written=0), seconds=time.monotonic() - began)
+    writer = work.writer(opened)
     pending = writer.pending()
-    finished = len(opened.samples) - sum(unit.samples for unit in pending)
-    with progress.task("teacher-cache", len(opened.samples), done=finished) as task:
+    mine = pending if share is None else share.of(pending)
+    if share is not None:
+        logger.info("%s (%s): %d of %d pending units", share, share.origin, len(mine), len(pending))
+    theirs = {unit.number for unit in pending} - {unit.number for unit in mine}
+    total = sum(unit.samples for unit in work.plan.units if unit.number not in theirs)
+    with progress.task("teacher-cache", total, done=total - sum(unit.samples for unit in mine)) as task:
         journal = _Journal(writer, opened.predictor.device, task)
-        if pending:
-            stage.run(writer, pending, journal.unit)
+        if mine and dask is not None:
+            from segkd.pipeline.teacher.dask_run import write_units
+
+            write_units(dask, replace(run, cache=opened.config), work.generation, mine, journal.unit)
+        elif mine:
+            opened.stage(work.plan).run(writer, mine, journal.unit)
     writer.seal()
-    return summarise(config.path, written=journal.samples, seconds=time.monotonic() - began)
+    summary = summarise(opened.config.path, written=journal.samples, own=None if share is None else share.owns)
+    return replace(
+        summary,
+        seconds=time.monotonic() - began,
+        changes=work.changes.counts() if work.generation else None,
+        task=None if share is None else str(share),
+        pending_units=len(work.plan.units) - len(writer.generation.committed()),
+    )
 
 
-def summarise(path: str | Path, *, written: int | None = None, seconds: float = 0.0) -> CacheSummary:
-    """The summary of a cache as it stands, finished or not."""
+def summarise(
+    path: str | Path, *, written: int | None = None, own: Callable[[int], bool] | None = None
+) -> CacheSummary:
+    """The summary of a cache as it stands, finished or not; of a finished generation, its seal alone is read.
+
+    ``own``: of an unfinished generation only the units of these numbers, not what other tasks have written of it.
+    Figures of size count everything that is stored, entries that a later generation has replaced included.
+    """
     reader = CacheReader(path, partial=True)
-    records, statistics = reader.records(), reader.statistics()
-    entries = reader.entries()
     classes = len(reader.spec.classes)
-    sizes = [entry.image_size[0] * entry.image_size[1] for entry in entries]
-    cells = [entry.mapping.shape[0] * entry.mapping.shape[1] for entry in entries]
-    roles = {role: sum(entry.role == role for entry in entries) for role in sorted({entry.role for entry in entries})}
+    parts = [part for generation in reader.generations for part in _parts(generation, own)]
+    totals = {name: sum(part[name] for part in parts) for name in ("bytes", "samples", "pixels", "cells")}
+    statistics, stored = Statistics(), Counter[str]()
+    for part in parts:
+        statistics.merge(Statistics.from_dict(part["statistics"]))
+        stored.update(part["roles"])
+    if len(reader.generations) > 1 and own is None:
+        stored = Counter({role: reader.count(role) for role in Role if reader.count(role)})
     report = {
         target: {
             "measures": {
@@ -112,16 +173,28 @@ def summarise(path: str | Path, *, written: int | None = None, seconds: float = 
     }
     return CacheSummary(
         path=str(path),
-        roles=roles,
+        roles=dict(sorted(stored.items())),
+        replaced=totals["samples"] - stored.total(),
         classes=classes,
         written=written,
-        seconds=seconds,
-        bytes=sum(entry["bytes"] for record in records for entry in record["objects"].values()),
-        float32_pixels_bytes=4 * classes * sum(sizes),
-        float16_grid_bytes=2 * classes * sum(cells),
+        bytes=totals["bytes"],
+        float32_pixels_bytes=4 * classes * totals["pixels"],
+        float16_grid_bytes=2 * classes * totals["cells"],
         sealed=reader.sealed,
         report=report,
     )
+
+
+def _parts(generation: Generation, own: Callable[[int], bool] | None) -> Iterator[dict[str, Any]]:
+    """Totals of what a generation holds: its seal, or without one the records of its units, of ``own`` ones alone."""
+    if generation.sealed:
+        yield read_signed(generation.seal_path)
+        return
+    for unit in generation.committed():
+        if own is None or own(unit):
+            record = read_signed(generation.record_path(unit))
+            size = sum(entry["bytes"] for entry in record["objects"].values())
+            yield {**record, "bytes": size, "roles": {record["role"]: record["samples"]}}
 
 
 class _Journal:
@@ -137,8 +210,8 @@ class _Journal:
         self.began = time.monotonic()
         self.samples = self.bytes = self.pixels = 0
 
-    def unit(self, unit: Unit, size: int | None) -> None:
-        """``size``: the unit's bytes, or None when another worker was first."""
+    def unit(self, unit: Unit, size: int | None, **worker: Any) -> None:
+        """``size``: the unit's bytes, or None when another worker was first; ``worker``: who else has done it."""
         notes = {}
         if size is not None:
             self.samples += unit.samples
@@ -158,6 +231,7 @@ class _Journal:
             "seconds_since_start": time.monotonic() - self.began,
             "device": str(self.device),
             "torch": torch.__version__,
+            **worker,
         }
         with explained(self.path), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,7 @@ def fingerprints(
             {
                 **description,
                 # What a Python file computes, or a frozen program has for weights, no tensor tells.
-                "file": _content(config.reference.rpartition(":")[0] or config.reference),
+                "file": _code(config.reference),
                 "weights": weights_digest(network),
                 "precision": precision,
             }
@@ -59,6 +60,13 @@ def weights_digest(network: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _code(reference: str) -> Any:
+    """What a reference names: a file, or the source file of an importable module, where it has one; by content."""
+    origin = reference.rpartition(":")[0] or reference
+    module = sys.modules.get(origin) if ":" in reference else None
+    return _content(getattr(module, "__file__", None) or origin)
 
 
 def _content(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """The loop of stage 1: decoding, inference with coding, and writing overlap.
 
 Images are decoded and prepared by threads, ahead of the teacher; the teacher's output is turned into codes on its own
-device, so that only codes cross the bus; a finished unit is written by another thread while the next one is computed.
+device, so that only codes cross the bus; finished units are compressed and written by further threads while the next
+ones are computed, at most :data:`WRITERS` at a time, so that memory holds the codes of one unit more than that.
 
 Batches never cross a unit and are a pure function of its list, so that a unit's bytes do not depend on what was
 finished before.
@@ -9,9 +10,10 @@ finished before.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -29,6 +31,9 @@ from segkd.storage.layout import Plan, PlannedSample, Unit
 from segkd.storage.spec import CacheSpec
 from segkd.storage.table import CodedSample
 from segkd.storage.writer import CacheWriter
+
+WRITERS = 2
+"""Units that are compressed and written at once: one waits for the disk while the other one is compressed."""
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -57,19 +62,27 @@ class Stage1:
     def run(self, writer: CacheWriter, units: Sequence[Unit], on_unit: Callable[[Unit, int | None], None]) -> None:
         """Computes and commits ``units``; ``on_unit`` hears of each with its bytes (None: another worker was first)."""
         jobs = (sample for unit in units for batch in self.batches(unit) for sample in batch)
+        telling = threading.Lock()
+
+        def write(unit: Unit, coded: Sequence[CodedSample]) -> None:
+            size = writer.write(unit, coded)
+            with telling:
+                on_unit(unit, size)
+
         with (
             ThreadPoolExecutor(self.decoders) as decoders,
-            ThreadPoolExecutor(1) as publisher,
+            ThreadPoolExecutor(WRITERS) as writers,
             closing(ahead(decoders, self.prepare, jobs, 2 * self.batch)) as prepared,
         ):
-            writing: Future[None] | None = None
+            writing: set[Future[None]] = set()
             for unit in units:
-                coded = self._code_unit(unit, prepared)
-                if writing is not None:
-                    writing.result()
-                writing = publisher.submit(_write, writer, unit, coded, on_unit)
-            if writing is not None:
-                writing.result()
+                coded = self._code_unit(unit, prepared, lambda: _collect(writing))
+                while len(writing) >= WRITERS:
+                    wait(writing, return_when=FIRST_COMPLETED)
+                    _collect(writing)
+                writing.add(writers.submit(write, unit, coded))
+            for future in writing:
+                future.result()
 
     def batches(self, unit: Unit) -> list[list[PlannedSample]]:
         """The unit's samples in batches of one image size."""
@@ -88,9 +101,12 @@ class Stage1:
             )
         return Prepared(prepare(image, self.predictor.config.preprocessing), self.data.image_digest(sample))
 
-    def _code_unit(self, unit: Unit, prepared: Iterator[Prepared]) -> list[CodedSample]:
+    def _code_unit(
+        self, unit: Unit, prepared: Iterator[Prepared], before_batch: Callable[[], None]
+    ) -> list[CodedSample]:
         results: dict[str, CodedSample] = {}
         for batch in self.batches(unit):
+            before_batch()
             inputs = list(islice(prepared, len(batch)))
             coded = self._code_batch(batch, torch.stack([entry.input_3HW for entry in inputs]))
             for k, (sample, entry) in enumerate(zip(batch, inputs, strict=True)):
@@ -149,7 +165,8 @@ def ahead(
             future.cancel()
 
 
-def _write(
-    writer: CacheWriter, unit: Unit, coded: Sequence[CodedSample], on_unit: Callable[[Unit, int | None], None]
-) -> None:
-    on_unit(unit, writer.write(unit, coded))
+def _collect(writing: set[Future[None]]) -> None:
+    """Takes out what is written. Raises what a write has raised: soon, not when the next unit is computed."""
+    for future in [future for future in writing if future.done()]:
+        writing.remove(future)
+        future.result()
