@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -26,7 +27,7 @@ from segkd.storage.geometry import Mapping, network_axis
 from segkd.storage.layout import Plan, PlannedSample, plan_units
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import CacheSpec, TargetSpec
-from segkd.storage.table import CodedSample
+from segkd.storage.table import CodedSample, Entry
 from segkd.storage.writer import CacheWriter
 
 TILE = 8
@@ -123,16 +124,18 @@ class Content:
         for part, read in (("statistics", lambda: opened.statistics().to_dict()), ("ids", lambda: _ids(opened))):
             parts[part] = _attempt(read)
         for name in sorted({*FIRST, *SECOND}):
-            entry = parts[name] = _attempt(lambda name=name: opened.entry(name))
+            entry = parts[name] = _attempt(partial(opened.entry, name))
             for target in opened.spec.targets if entry is not None else ():
-                parts[f"{name} {target}"] = _attempt(
-                    lambda e=entry, t=target: opened.window(e, t, *map(range, e.mapping.shape)).tobytes()
-                )
+                parts[f"{name} {target}"] = _attempt(partial(_codes, opened, entry, target))
         return cls(parts)
 
     def differences(self, expected: Content) -> list[str]:
         """What was returned and is not what was written."""
         return [name for name, value in self.parts.items() if value is not None and value != expected.parts.get(name)]
+
+
+def _codes(reader: CacheReader, entry: Entry, target: str) -> bytes:
+    return reader.window(entry, target, *map(range, entry.mapping.shape)).tobytes()
 
 
 def _ids(reader: CacheReader) -> list[str]:

@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from segkd.storage.audit import verify
+
 TEACHER = '''"""Logits are the channels, averaged over the cells of a grid of stride 4."""
 
 import torch
@@ -204,12 +206,19 @@ def kills(place: Place, count: int, rng: random.Random) -> Finding:
         if place.start(cache).kill_after(rng.uniform(0, place.seconds)):
             finding.tried += 1
             finding.note(_stage(cache))
+            _expect_whole(finding, cache, f"after kill {finding.tried}")
             if finding.tried < count:
                 continue
         place.finish(cache, finding, f"after kill {finding.tried}")
         rounds += 1
     finding.note("caches finished and compared", rounds)
     return finding
+
+
+def _expect_whole(finding: Finding, cache: Path, when: str) -> None:
+    """What is committed is whole at any moment, and nothing half-written counts."""
+    if (cache / "zarr.json").exists():
+        finding.failures += [f"{when}: {damage}" for damage in verify(cache, workers=1).damage]
 
 
 def _stage(cache: Path) -> str:
@@ -283,6 +292,7 @@ def full_disk(place: Place, levels: Sequence[float]) -> Finding:
             cache = place.root / "disk" / "cache.zarr"
             status, output = place.start(cache).end()
             _expect_refusal(finding, status, output, "the disk is full; free some space", f"at {level:.0%}")
+            _expect_whole(finding, cache, f"at {level:.0%}")
             remount(f"size={64 * needed}")
             place.finish(cache, finding, f"at {level:.0%}")
         finding.tried += 1
@@ -301,6 +311,7 @@ def read_only(place: Place, rounds: int, rng: random.Random) -> Finding:
                 pass
             status, output = run.end()
             _expect_refusal(finding, status, output, "the file system is read-only", f"round {number}")
+            _expect_whole(finding, cache, f"round {number}")
             remount("rw")
             place.finish(cache, finding, f"round {number}")
         finding.tried += 1
