@@ -23,24 +23,24 @@ from segkd.storage.errors import ConfigError
 
 Codes = npt.NDArray[np.uint8]
 
-RAW, PLANES, MARKED = range(3)
+RAW, PLANES, MARKED, GRADED = range(4)
 TOP_CODE = 255
 MOST_CLASSES = 65_535
 
 
 @functools.cache
-def kernels() -> tuple[ModuleType, ModuleType, npt.NDArray[np.int32]]:
+def kernels() -> tuple[ModuleType, ModuleType, ModuleType, npt.NDArray[np.int32]]:
     """The compiled modules and the models that a tile starts from; compiles them if no process here has before.
 
     Raises ConfigError without numba. Worth calling before workers fork, so that each need not compile or load them.
     """
     try:
-        from segkd.storage import context_kernel, context_marked
+        from segkd.storage import context_graded, context_kernel, context_marked
     except ImportError as error:
         raise ConfigError(
             f"the dense profile is coded with numba, which cannot be imported ({error}); pip install 'segkd[dense]'"
         ) from error
-    return context_kernel, context_marked, context_kernel.initial_models()
+    return context_kernel, context_marked, context_graded, context_kernel.initial_models()
 
 
 def encode(codes_Chw: Codes) -> bytes:
@@ -57,19 +57,22 @@ def encode(codes_Chw: Codes) -> bytes:
     state = _State(data=np.zeros(codes.size, np.uint8))
     tops = levels == TOP_CODE
     marked = len(present) > 0 and bool((tops.sum(axis=0) == 1).all())
+    mode = PLANES
     if marked:
         framed = np.full((rows + 4, columns + 4), -1, np.int64)
         framed[2:-2, 2:-2] = tops.argmax(axis=0)
         levels[tops] = 0
-        reach = _reach(levels)
+        # Where most levels are 0 their places tell most; elsewhere it is their differences.
+        mode = MARKED if 2 * np.count_nonzero(levels) < levels.size else GRADED
+        reach = _reach(levels) if mode == MARKED else int(levels.max()) + 1
         header += _varint(reach)
-        state.marked(False, levels, framed, reach)
+        state.marked(False, mode, levels, framed, reach)
     else:
         state.planes(False, levels)
     payload = state.finish()
     if payload is None or 1 + len(header) + len(payload) >= len(raw):
         return raw
-    return bytes([MARKED if marked else PLANES]) + header + payload
+    return bytes([mode]) + header + payload
 
 
 def decode(data: bytes | memoryview, shape: tuple[int, int, int], *, stop: int | None = None) -> Codes:
@@ -86,19 +89,21 @@ def decode(data: bytes | memoryview, shape: tuple[int, int, int], *, stop: int |
         if len(data) - 1 != math.prod(shape):
             raise ValueError(f"{len(data) - 1} bytes cannot be an array of shape {shape}")
         return np.frombuffer(data, np.uint8, offset=1).reshape(shape).copy()
-    if mode not in (PLANES, MARKED):
+    if mode not in (PLANES, MARKED, GRADED):
         raise ValueError(f"the context coder has no mode {mode}")
     rows, at = _read_varint(data, 1)
     columns, at = _read_varint(data, at)
     present, at = _read_classes(data, at, shape[0])
-    if rows > shape[1] or columns > shape[2] or (mode == MARKED and not len(present)):
+    if rows > shape[1] or columns > shape[2] or (mode != PLANES and not len(present)):
         raise ValueError(f"a box of {rows}×{columns} cells and {len(present)} classes does not fit the shape {shape}")
     needed = rows if stop is None else min(rows, stop)
-    levels = np.zeros((len(present), needed if mode == MARKED else rows, columns), np.uint8)
-    if mode == MARKED:
+    levels = np.zeros((len(present), rows if mode == PLANES else needed, columns), np.uint8)
+    if mode != PLANES:
         reach, at = _read_varint(data, at)
         framed = np.full((rows + 4, columns + 4), -1, np.int64)
-        _State(data=np.frombuffer(data, np.uint8, offset=at).copy()).marked(True, levels, framed, reach)
+        _State(data=np.frombuffer(data, np.uint8, offset=at).copy()).marked(
+            True, mode, levels, framed, min(reach, 2 * 255**2)
+        )
     else:
         _State(data=np.frombuffer(data, np.uint8, offset=at).copy()).planes(True, levels)
     codes = np.zeros(shape, np.uint8)
@@ -113,17 +118,20 @@ class _State:
     """What coder and models know in the course of one tile."""
 
     def __init__(self, *, data: Codes) -> None:
-        self._kernel, self._marked, models = kernels()
+        self._kernel, self._marked, self._graded, models = kernels()
         start = int.from_bytes(data[:4].tobytes().ljust(4, b"\0"), "big")
         self._coder = np.array([0, 0xFFFFFFFF, start, 4], np.int64)
         self._models = models.copy()
         self._data = data
 
-    def marked(self, decoding: bool, levels: Codes, tops: npt.NDArray[np.int64], reach: int) -> None:
+    def marked(self, decoding: bool, mode: int, levels: Codes, tops: npt.NDArray[np.int64], reach: int) -> None:
         self._coder[3] = 4 if decoding else 0
         state = self._models, self._coder, self._data
+        if mode == GRADED:
+            self._models[:] = self._kernel.FRESH
         self._marked.code_tops(decoding, tops, len(levels), *state)
-        self._marked.code_levels(decoding, levels, tops, reach, *state)
+        code = self._marked.code_levels if mode == MARKED else self._graded.code_grades
+        code(decoding, levels, tops, min(reach, 255) if mode == GRADED else reach, *state)
 
     def planes(self, decoding: bool, levels: Codes) -> None:
         self._coder[3] = 4 if decoding else 0

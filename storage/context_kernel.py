@@ -20,6 +20,7 @@ import numpy.typing as npt
 Int = Any
 """int64 in the compiled code, whatever mypy makes of it."""
 
+FRESH = 1 << 27  # a model that has seen nothing
 COUNT_LIMIT = 62  # a model's rate of learning stops falling here
 # 65536 / (1 + exp(-x)) at x = -8, -7.5 ... 8.
 _KNOTS = np.array(
@@ -71,7 +72,7 @@ def initial_models() -> npt.NDArray[np.int32]:
     two observations; all others start at one half with none.
     """
     reached = (40, 90, 100, 140, 186, 226, 260, 300, 340)  # 20ths of a bin of predictions where a node is even odds
-    models = np.full(MODELS, 1 << 27, np.int32)
+    models = np.full(MODELS, FRESH, np.int32)
 
     def start(at: int, prediction_bin: int, extra: int) -> None:
         for node, even in enumerate(reached):

@@ -18,7 +18,7 @@ from zarr.codecs import Crc32cCodec
 from segkd.storage import context, context_kernel
 from segkd.storage.chunks import require
 from segkd.storage.coding import Raw, UniformSteps
-from segkd.storage.context import MARKED, PLANES, RAW, decode, encode
+from segkd.storage.context import GRADED, MARKED, PLANES, RAW, decode, encode
 from segkd.storage.context_codec import ContextCodec
 from segkd.storage.errors import CacheMismatchError, ConfigError
 from segkd.storage.geometry import Mapping, network_axis
@@ -70,7 +70,7 @@ def test_marked_cells_come_back(data):
     """One 255 in each cell of a box, the rest mostly 0, so that the marked mode itself is put to the test."""
     shape = data.draw(shapes)
     values = hnp.arrays(np.uint8, shape, elements=st.integers(0, 254), fill=st.just(0))
-    codes = data.draw(values)
+    codes = np.maximum(data.draw(values), data.draw(st.integers(0, 1))).astype(np.uint8)
     top = data.draw(hnp.arrays(np.int64, (1, *shape[1:]), elements=st.integers(0, shape[0] - 1)))
     np.put_along_axis(codes, top, 255, axis=0)
     box = data.draw(st.tuples(st.integers(0, shape[1]), st.integers(0, shape[2])))
@@ -85,6 +85,7 @@ def test_marked_cells_come_back(data):
         pytest.param(field(0, 11, 64, 64), MARKED, id="distribution"),
         pytest.param(padded(field(1, 11, 26, 56)), MARKED, id="padded"),
         pytest.param(field(2, 11, 64, 64, levels=254), MARKED, id="fine levels"),
+        pytest.param(np.maximum(field(2, 11, 64, 64), 3), GRADED, id="graded"),
         pytest.param(padded(field(3, 1, 5, 5)), MARKED, id="one class"),
         pytest.param(field(4, 150, 32, 32), MARKED, id="three words of classes"),
         pytest.param(np.full((3, 64, 64), 7, np.uint8), PLANES, id="constant"),
@@ -111,11 +112,13 @@ def test_many_classes_few_of_them_present():
         encode(np.zeros((65_536, 1, 1), np.uint8))
 
 
-@pytest.mark.parametrize("mode", [MARKED, PLANES])
+@pytest.mark.parametrize("mode", [MARKED, PLANES, GRADED])
 def test_rows_before_the_stop_are_right(mode):
     codes = field(6, 5, 40, 30)
     if mode == PLANES:
         codes = np.minimum(codes, 254)
+    if mode == GRADED:
+        codes = np.maximum(codes, 1)
     data = encode(codes)
     assert data[0] == mode
     for stop in (0, 1, 17, 40, 64):
@@ -124,7 +127,12 @@ def test_rows_before_the_stop_are_right(mode):
 
 def test_the_stream_is_the_documented_one():
     """Format 1.0 promises these bytes: whoever changes them has made another codec."""
-    streams = [encode(field(7, 11, 64, 64)), encode(field(8, 3, 64, 64)[:1] // 2), encode(field(9, 150, 32, 32))]
+    streams = [
+        encode(field(7, 11, 64, 64)),
+        encode(field(8, 3, 64, 64)[:1] // 2),
+        encode(field(9, 150, 32, 32)),
+        encode(np.maximum(field(7, 11, 64, 64), 3)),
+    ]
     digests = [hashlib.sha256(data).hexdigest()[:16] for data in streams]
     assert digests == STREAMS
 
@@ -329,5 +337,11 @@ def test_it_compiles_where_no_cache_can_be_written(monkeypatch):
     assert context_kernel.compiled("int64(int64)")(abs) == ("int64(int64)", abs)
 
 
-SMALL = [field(13, 4, 8, 8), field(14, 70, 4, 4), field(15, 2, 8, 8)[:1] // 2, padded(field(16, 3, 3, 4), 16)]
-STREAMS = ["db076e106ee8f92d", "fa2dd28c0d080289", "6a3fedf50596335f"]
+SMALL = [
+    np.maximum(field(12, 4, 8, 8), 1),
+    field(13, 4, 8, 8),
+    field(14, 70, 4, 4),
+    field(15, 2, 8, 8)[:1] // 2,
+    padded(field(16, 3, 3, 4), 16),
+]
+STREAMS = ["db076e106ee8f92d", "fa2dd28c0d080289", "6a3fedf50596335f", "b19b0625b63c0c16"]

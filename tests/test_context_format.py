@@ -6,7 +6,7 @@ from math import isqrt
 import numpy as np
 import pytest
 
-from segkd.storage.context import MARKED, PLANES, RAW, encode
+from segkd.storage.context import GRADED, MARKED, PLANES, RAW, encode
 
 KNOTS = [
     22, 36, 60, 98, 162, 267, 439, 720, 1179, 1921, 3108, 4971, 7812, 11965, 17625, 24743, 32768, 40793, 47911, 53571,
@@ -35,16 +35,17 @@ def bin_s(x: int) -> int:
 class Reader:
     """Decisions and numbers; models come into being when they are first asked for."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, *, fresh: bool = False) -> None:
         self.rest: Iterator[int] = iter(data)
         self.low, self.high, self.code = 0, 2**32 - 1, 0
         for _ in range(4):
             self.code = self.code << 8 | next(self.rest, 0)
         self.models: dict[tuple, list[int]] = {}
+        self.all_fresh = fresh
 
     def model(self, name: tuple) -> list[int]:
         if name not in self.models:
-            self.models[name] = self.fresh(*name)
+            self.models[name] = [2**21, 0] if self.all_fresh else self.fresh(*name)
         return self.models[name]
 
     @staticmethod
@@ -184,6 +185,47 @@ def read_marked(reader: Reader, classes: int, rows: int, columns: int, reach: in
     return out
 
 
+def read_graded(reader: Reader, classes: int, rows: int, columns: int, reach: int) -> np.ndarray:
+    tops = read_tops(reader, classes, rows, columns)
+    out = np.zeros((classes, rows, columns), np.uint8)
+    levels, misses, nothing = {}, {}, [0] * classes
+    for i, j in tops:
+        top, near = tops[i, j], around(i, j, columns)
+        cell, miss, error, done = [0] * classes, [0] * classes, 0, 0
+        for k in range(classes):
+            if k == top:
+                cell[k] = reach
+                continue
+            w, n, nw, ne = (levels.get(place, nothing)[k] for place in near)
+            mu = sum(misses.get(place, nothing)[k] for place in near[:2])
+            p = 9 * w + 10 * n - 4 * nw + ne
+            if done:
+                p += (13 if done < 3 else 16) * error // (16 * done)
+            p = min(max(p, 16 * min(w, n) - 48, 0), 16 * max(w, n) + 48, 4080)
+            guess, part = divmod(p + 8, 16)
+            rho = min(31, abs(w - nw) + abs(n - nw) + abs(n - ne) + mu)
+            rough = sum(bound <= rho for bound in (1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 18, 24))
+            quarter = (part - 8) // 2 if part >= 8 else 3 - part // 2
+            wrong = min(2, 2 * sum(miss) // done) if done else 1
+            ahead = int(k in (tops.get((i, j + 1)), tops.get((i + 1, j))))
+            b = (min(guess, 31) * 4 + 2 * ahead + (done > 0)) * 8 + min(7, mu)
+            a, b = ("SLOPE", rough, quarter, wrong), ("NEAR", b >> 7, b >> 4 & 7, b >> 2 & 3, b & 3)
+            room, folded = min(guess, 255 - guess), reader.number(a, b, min(7, rho >> 1))
+            sign = 1 if part >= 8 else -1
+            choices = (v for v in range(255) if folded == grade_fold(v - guess, room, sign))
+            cell[k] = next(choices)
+            miss[k] = abs(cell[k] - guess)
+            error, done = error + 16 * cell[k] - p, done + 1
+        levels[i, j], misses[i, j] = cell, miss
+        out[:, i, j] = cell
+        out[top, i, j] = 255
+    return out
+
+
+def grade_fold(delta: int, room: int, sign: int) -> int:
+    return 2 * abs(delta) - (delta * sign > 0) if abs(delta) <= room else room + abs(delta)
+
+
 def read_planes(reader: Reader, classes: int, rows: int, columns: int) -> np.ndarray:
     out = np.zeros((classes, rows, columns), np.uint8)
     for k in range(classes):
@@ -228,9 +270,10 @@ def read(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     elif 0 < count < shape[0]:
         present = list(np.cumsum([leb128() + 1 for _ in range(count)]) - 1)
     out = np.zeros(shape, np.uint8)
-    if mode == MARKED:
+    if mode in (MARKED, GRADED):
         reach = leb128()
-        out[present, :rows, :columns] = read_marked(Reader(bytes(rest)), count, rows, columns, reach)
+        read_levels, reader = (read_marked, read_graded)[mode - MARKED], Reader(bytes(rest), fresh=mode == GRADED)
+        out[present, :rows, :columns] = read_levels(reader, count, rows, columns, reach)
     else:
         out[present, :rows, :columns] = read_planes(Reader(bytes(rest)), count, rows, columns)
     return out
@@ -247,6 +290,13 @@ def patches(seed: int, shape: tuple[int, int, int], levels: int) -> np.ndarray:
     return codes
 
 
+def grades(seed: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """Marked cells whose other levels are hardly ever 0 and change slowly."""
+    codes = np.indices(shape).sum(axis=0) // 2 + patches(seed, shape, 6) % 16
+    top = patches(seed, shape, 6) == 255
+    return np.where(top, 255, codes + 1).astype(np.uint8)
+
+
 @pytest.mark.parametrize(
     ("codes", "mode"),
     [
@@ -255,6 +305,9 @@ def patches(seed: int, shape: tuple[int, int, int], levels: int) -> np.ndarray:
         pytest.param(np.pad(patches(2, (2, 12, 1), 200), ((0, 70), (0, 4), (0, 15))), MARKED, id="a column, gaps"),
         pytest.param(patches(3, (2, 1, 30), 9), MARKED, id="a row"),
         pytest.param(np.full((1, 9, 9), 255, np.uint8), MARKED, id="one class"),
+        pytest.param(grades(7, (6, 20, 17)), GRADED, id="graded"),
+        pytest.param(np.pad(grades(8, (3, 11, 1)), ((0, 2), (0, 3), (0, 2))), GRADED, id="a graded column"),
+        pytest.param(np.maximum(patches(9, (5, 9, 9), 250), 1), GRADED, id="rough grades"),
         pytest.param(patches(4, (140, 9, 8), 40), MARKED, id="many classes"),
         pytest.param(np.indices((3, 24, 20)).sum(axis=0).astype(np.uint8), PLANES, id="slope"),
         pytest.param(np.where(patches(5, (3, 16, 16), 9) == 255, 250, 3).astype(np.uint8), PLANES, id="two values"),
