@@ -64,11 +64,10 @@ def _tightest(run: RunConfig, trials: Trials) -> float:
         logger.debug("max_kl %.3g takes %s", BOUNDS[number], format_bytes(volume.bytes))
         return round(volume.bytes * (1 + volume.uncertainty))
 
-    # Bytes fall as the bound grows.
-    tightest = bisect.bisect_left(range(len(BOUNDS)), True, key=lambda number: needed(number) <= limit)
-    if tightest == len(BOUNDS):
+    if needed(len(BOUNDS) - 1) > limit:
         raise ConfigError(
             f"cache.budget = {run.cache.budget} is too small: with max_kl {BOUNDS[-1]:g}, the loosest bound that is of "
             f"use, this cache takes {format_bytes(needed(len(BOUNDS) - 1))}; give more, or leave out samples or targets"
         )
-    return BOUNDS[tightest]
+    # Bytes fall as the bound grows.
+    return BOUNDS[bisect.bisect_left(range(len(BOUNDS)), True, key=lambda number: needed(number) <= limit)]
