@@ -11,6 +11,9 @@ from segkd.storage.errors import ConfigError
 
 TargetName = Literal["soft", "first_order", "first_order_logits"]
 
+LEAST_FIRST_ORDER_ERROR = 0.003
+"""What 8 bits hold of the first-order map of the softmax, whose values end at sqrt(2)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
@@ -26,8 +29,14 @@ class CacheConfig:
     """Nats that writing may cost: the mean KL(teacher || kept) of each sample, over its cells and over its pixels."""
     budget: str = ""
     """Bytes that the cache may take, such as "200GB" or "1.5TiB", in place of max_kl: the tightest bound that fits."""
-    levels: tuple[int, ...] = (255,)
-    """The ladder of levels for the square root of the probability; each sample takes the first that keeps max_kl."""
+    temperatures: tuple[float, ...] = (1.0,)
+    """The temperatures at which max_kl holds: those that training will use."""
+    profile: Literal["plain", "dense", "exact"] = "plain"
+    """How distributions are kept: anyone can read plain; dense is smaller and slower; exact is float16, and large."""
+    beyond: Literal["exact", "stop"] = "exact"
+    """What becomes of a sample that cannot be kept within max_kl: it is kept in float16, or stage 1 stops."""
+    max_first_order_error: float = 1 / 256
+    """The largest absolute error of the first-order map (of the softmax) that writing may cost a cell."""
     tile: int = 64
     """Side of a tile in cells: what a window read fetches at least."""
     unit_samples: int = 64
@@ -46,6 +55,13 @@ class CacheConfig:
             raise ConfigError("roles and targets must each name at least one")
         if self.max_kl <= 0:
             raise ConfigError(f"max_kl must be positive, got {self.max_kl}")
+        if not self.temperatures or any(t <= 0 for t in self.temperatures):
+            raise ConfigError(f"temperatures must be positive, got {list(self.temperatures)}")
+        if self.max_first_order_error < LEAST_FIRST_ORDER_ERROR:
+            raise ConfigError(
+                f"max_first_order_error must be at least {LEAST_FIRST_ORDER_ERROR}, which takes all 255 steps, "
+                f"got {self.max_first_order_error:g}"
+            )
         if self.budget:
             parse_bytes(self.budget)
             if self.max_kl != CacheConfig.max_kl:

@@ -25,7 +25,7 @@ from torch import Tensor
 from segkd.pipeline.data.sample import DataSource, Sample
 from segkd.pipeline.models.predictor import Predictor
 from segkd.pipeline.models.preprocessing import prepare
-from segkd.pipeline.teacher.targets import TARGETS, Coded, code
+from segkd.pipeline.teacher.targets import Coded, code_targets
 from segkd.storage.errors import DataError, NetworkError
 from segkd.storage.layout import Plan, PlannedSample, Unit
 from segkd.storage.spec import CacheSpec
@@ -141,10 +141,9 @@ class Stage1:
 
     def _code_at_once(self, batch: Sequence[PlannedSample], inputs_N3HW: Tensor) -> dict[str, Coded]:
         size = batch[0].image_size
-        log_probs, mapping = self.predictor.infer(inputs_N3HW, size, [sample.id for sample in batch])
-        coded = {
-            name: code(TARGETS[name](), target, log_probs, mapping, size) for name, target in self.spec.targets.items()
-        }
+        names = [sample.id for sample in batch]
+        log_probs, mapping = self.predictor.infer(inputs_N3HW, size, names)
+        coded = code_targets(self.spec.targets, log_probs, mapping, size, names)
         return {name: target.on_host() for name, target in coded.items()}
 
 

@@ -7,8 +7,9 @@ Shapes: log-probabilities N,C,h,w on the teacher's grid; values N,channels,h,w; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,13 +18,38 @@ from torch import Tensor
 from segkd.pipeline.first_order import EPSILON, Features, features_of, first_order_map
 from segkd.pipeline.resample import pixel_tiles
 from segkd.pipeline.teacher.config import CacheConfig
-from segkd.storage.coding import SOFTMAX_REACH, CompandedDistribution, UniformSteps
-from segkd.storage.errors import NonFiniteError
+from segkd.storage.coding import (
+    EXACT,
+    CompandedDistribution,
+    ExactDistribution,
+    UniformSteps,
+    from_float16,
+    to_float16,
+)
+from segkd.storage.errors import CacheError, NonFiniteError
 from segkd.storage.geometry import Mapping as GridMapping
 from segkd.storage.spec import TargetSpec
 
 LOWEST = -100.0
 """What -inf is measured as: e^-100 is nothing, and unlike -inf it can be multiplied by 0."""
+LOGITS_BOUND = 0.25
+"""Absolute error of the first-order map of the logits, whose values are mostly between 1 and 30."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """A teacher's output for images of one size, and what a cache keeps of it."""
+
+    log_probs_NChw: Tensor
+    mapping: GridMapping
+    image_size: tuple[int, int]
+    kept_NChw: Tensor | None = None
+    """The log-probabilities that a reader of the cache will see, once they are coded."""
+
+    def of(self, samples: Tensor) -> Output:
+        """The output for some of the images."""
+        kept = None if self.kept_NChw is None else self.kept_NChw[samples]
+        return replace(self, log_probs_NChw=self.log_probs_NChw[samples], kept_NChw=kept)
 
 
 class Target(Protocol):
@@ -33,53 +59,107 @@ class Target(Protocol):
         """What the cache says about it."""
         ...
 
-    def values(self, log_probs_NChw: Tensor, mapping: GridMapping) -> Tensor:
+    def values(self, output: Output) -> Tensor:
         """The values to be kept, from the uncoded teacher and where its cells lie."""
         ...
 
-    def measure(
-        self, values: Tensor, decoded: Tensor, mapping: GridMapping, image_size: tuple[int, int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Per sample the error that the bound is about, and what the coding report lists."""
+    def rungs(self, spec: TargetSpec, values: Tensor) -> Tensor:  # noqa: ARG002  # a default
+        """The rung to try first, N: a guess by whatever is cheap."""
+        return torch.zeros(len(values), dtype=torch.int64, device=values.device)
+
+    def finer(self, spec: TargetSpec, rungs: Tensor, excess: Tensor) -> Tensor:  # noqa: ARG002  # a default
+        """The rung to try after one whose error was ``excess`` times the bound, N; the same one where none is left."""
+        return rungs
+
+    def measure(self, spec: TargetSpec, values: Tensor, decoded: Tensor, output: Output) -> dict[str, Tensor]:
+        """What coding has cost each sample, by the names that the specification lists."""
         ...
 
 
-class SoftTargets:
+class SoftTargets(Target):
     """Zero-order knowledge: the teacher's class distribution in each cell."""
 
     def spec(self, config: CacheConfig, classes: int) -> TargetSpec:
-        coder = CompandedDistribution(levels=config.levels)
+        exact = config.profile == "exact"
+        bounded = tuple(_named(name, t) for t in config.temperatures for name in ("kl_cells", "kl_pixels"))
         return TargetSpec(
             name="soft",
             channels=classes,
-            coder=coder,
+            coder=ExactDistribution()
+            if exact
+            else CompandedDistribution.for_bound(config.max_kl, classes, config.temperatures),
             bound=config.max_kl,
-            measures=("kl_cells", "kl_pixels", "changed_pixels"),
-            bounded=("kl_cells", "kl_pixels"),
-            parameters={},
+            measures=(*bounded, "changed_pixels", "entropy", "confidence"),
+            bounded=bounded,
+            parameters={"temperatures": list(config.temperatures)},
+            fallback=not exact and config.beyond == "exact",
+            codec="context" if config.profile == "dense" else "zstd",
         )
 
-    def values(self, log_probs_NChw: Tensor, mapping: GridMapping) -> Tensor:  # noqa: ARG002  # the protocol's
-        return log_probs_NChw
+    def values(self, output: Output) -> Tensor:
+        return output.log_probs_NChw
 
-    def measure(
-        self, values: Tensor, decoded: Tensor, mapping: GridMapping, image_size: tuple[int, int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """KL(teacher || kept) over cells and over pixels, in nats, and the share of pixels whose argmax changed.
+    def rungs(self, spec: TargetSpec, values: Tensor) -> Tensor:
+        """The coarsest level whose KL over the cells keeps the bound, found with three or four attempts."""
+        coder = spec.coder
+        if not isinstance(coder, CompandedDistribution):
+            return super().rungs(spec, values)
+        fails = torch.full((len(values),), -1, device=values.device)
+        keeps = torch.full_like(fails, len(coder.levels))
+        level, rungs = torch.full_like(fails, len(coder.levels) // 2), torch.zeros_like(fails)
+        while bool((open_ := keeps - fails > 1).any()):
+            active = open_.nonzero()[:, 0]
+            tried, part = level[active], values[active]
+            codes = coder.encode(part, tried * len(coder.floors))
+            found = coder.rungs_of(tried, part, codes)
+            kept = coder.decode(codes, found)
+            excess = (
+                torch.stack([_kl_cells(part, kept, t) for t in spec.parameters["temperatures"]]).amax(0) / spec.bound
+            )
+            within = excess <= 1
+            keeps[active], fails[active] = (
+                torch.where(within, tried, keeps[active]),
+                torch.where(within, fails[active], tried),
+            )
+            rungs[active] = torch.where(within | (tried == len(coder.levels) - 1), found, rungs[active])
+            aim = tried + _levels_for(excess, coder)
+            level[active] = aim.clamp(fails[active] + 1, (keeps[active] - 1).clamp_min(0))
+        return rungs
+
+    def finer(self, spec: TargetSpec, rungs: Tensor, excess: Tensor) -> Tensor:
+        coder = spec.coder
+        if not isinstance(coder, CompandedDistribution):
+            return rungs
+        step, floors = _levels_for(excess, coder).clamp_min(1), len(coder.floors)
+        level = (rungs // floors + step).clamp_max(len(coder.levels) - 1)
+        return level * floors + rungs % floors
+
+    def measure(self, spec: TargetSpec, values: Tensor, decoded: Tensor, output: Output) -> dict[str, Tensor]:
+        """KL(teacher || kept) over cells and over pixels, in nats, at each temperature; the share of pixels whose
+        argmax changed; the teacher's mean entropy, in nats, and mean largest probability.
 
         The distribution at a pixel is the softmax of the bilinearly upsampled log-probabilities, for both alike.
         """
-        kl_cells = kl_divergence(values.clamp_min(LOWEST), decoded).mean((1, 2), dtype=torch.float64)
-        kl = torch.zeros_like(kl_cells)
-        changed = torch.zeros_like(kl_cells)
-        height, width = image_size
-        tiles = (pixel_tiles(scores, mapping, height, width) for scores in (values, decoded))
+        temperatures = spec.parameters["temperatures"]
+        measures = {_named("kl_cells", t): _kl_cells(values, decoded, t) for t in temperatures}
+        kl = {t: measures[_named("kl_cells", t)].new_zeros(len(values)) for t in temperatures}
+        changed = torch.zeros(len(values), dtype=torch.float64, device=values.device)
+        height, width = output.image_size
+        tiles = (pixel_tiles(scores, output.mapping, height, width) for scores in (values, decoded))
         for (_, _, teacher), (_, _, kept) in zip(*tiles, strict=True):
-            kl += kl_divergence(teacher.log_softmax(1), kept.log_softmax(1)).sum((1, 2), dtype=torch.float64)
+            for t in temperatures:
+                divergence = kl_divergence((teacher / t).log_softmax(1), (kept / t).log_softmax(1))
+                kl[t] += divergence.sum((1, 2), dtype=torch.float64)
             changed += (teacher.argmax(1) != kept.argmax(1)).sum((1, 2))
         pixels = height * width
-        measures = {"kl_cells": kl_cells, "kl_pixels": kl / pixels, "changed_pixels": changed / pixels}
-        return torch.maximum(kl_cells, kl / pixels), measures
+        finite = values.clamp_min(LOWEST)
+        return {
+            **measures,
+            **{_named("kl_pixels", t): total / pixels for t, total in kl.items()},
+            "changed_pixels": changed / pixels,
+            "entropy": -(finite.exp() * finite).sum(1).mean((1, 2), dtype=torch.float64),
+            "confidence": values.amax(1).exp().mean((1, 2), dtype=torch.float64),
+        }
 
 
 def kl_divergence(log_p_NChw: Tensor, log_q_NChw: Tensor) -> Tensor:
@@ -87,31 +167,46 @@ def kl_divergence(log_p_NChw: Tensor, log_q_NChw: Tensor) -> Tensor:
     return (log_p_NChw.exp() * (log_p_NChw - log_q_NChw)).sum(1).clamp_min(0)
 
 
+def _kl_cells(values: Tensor, decoded: Tensor, temperature: float) -> Tensor:
+    softened = ((scores.clamp_min(LOWEST) / temperature).log_softmax(1) for scores in (values, decoded))
+    return kl_divergence(*softened).mean((1, 2), dtype=torch.float64)
+
+
+def _levels_for(excess: Tensor, coder: CompandedDistribution) -> Tensor:
+    """How many levels finer to go for an error that is ``excess`` times too large: it falls with the square of them."""
+    ratio = (coder.levels[-1] / coder.levels[0]) ** (1 / max(len(coder.levels) - 1, 1))
+    steps = excess.clamp_min(1e-9).log() / (2 * math.log(max(ratio, 1.001)))
+    return steps.nan_to_num(posinf=1e3).ceil().clamp(-1e3, 1e3).long()
+
+
+def _named(measure: str, temperature: float) -> str:
+    return measure if temperature == 1 else f"{measure}_t{temperature:g}"
+
+
 @dataclass(frozen=True)
-class FirstOrderMap:
+class FirstOrderMap(Target):
     """First-order knowledge: how much a cell's output differs from its neighbours', from the uncoded teacher."""
 
     name: str
     features: Features
-    reach: tuple[float, ...]
-    bound: float
-    """Absolute error, in the unit of the map."""
 
     def spec(self, config: CacheConfig, classes: int) -> TargetSpec:  # noqa: ARG002  # the protocol's
+        bound = config.max_first_order_error if self.features == "softmax" else LOGITS_BOUND
         parameters: Mapping[str, float | str] = {"features": self.features, "epsilon": EPSILON}
-        coder = UniformSteps(reach=self.reach)
+        recomputed = ("recomputed_largest_error", "recomputed_mean_error") if "soft" in config.targets else ()
         return TargetSpec(
             name=self.name,
             channels=1,
-            coder=coder,
-            bound=self.bound,
-            measures=("largest_error", "mean_error"),
+            coder=UniformSteps(reach=(2 * 255 * bound,)),
+            bound=bound,
+            measures=("largest_error", "mean_error", *recomputed),
             bounded=("largest_error",),
             parameters=parameters,
+            codec="context" if config.profile == "dense" else "zstd",
         )
 
-    def values(self, log_probs_NChw: Tensor, mapping: GridMapping) -> Tensor:  # noqa: ARG002  # the protocol's
-        mapped = first_order_map(features_of(log_probs_NChw, self.features))[:, None]
+    def values(self, output: Output) -> Tensor:
+        mapped = self._map(output.log_probs_NChw)
         if not bool(mapped.isfinite().all()):
             raise NonFiniteError(
                 f"{self.name} is not finite where the teacher gives a class the probability 0; "
@@ -119,23 +214,28 @@ class FirstOrderMap:
             )
         return mapped
 
-    def measure(
-        self,
-        values: Tensor,
-        decoded: Tensor,
-        mapping: GridMapping,  # noqa: ARG002  # the protocol's
-        image_size: tuple[int, int],  # noqa: ARG002  # the protocol's
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The largest and the mean absolute error over the cells."""
-        error = (values - decoded).abs().flatten(1)
-        largest = error.amax(1)
-        return largest, {"largest_error": largest, "mean_error": error.mean(1, dtype=torch.float64)}
+    def measure(self, spec: TargetSpec, values: Tensor, decoded: Tensor, output: Output) -> dict[str, Tensor]:  # noqa: ARG002
+        """The largest and the mean absolute error over the cells; and those of the map that would be recomputed from
+        the distributions in the cache, were this one not kept.
+        """
+        measures = _absolute_errors(values, decoded, "")
+        if output.kept_NChw is not None:
+            measures |= _absolute_errors(values, self._map(output.kept_NChw), "recomputed_")
+        return measures
+
+    def _map(self, log_probs_NChw: Tensor) -> Tensor:
+        return first_order_map(features_of(log_probs_NChw, self.features))[:, None]
+
+
+def _absolute_errors(values: Tensor, others: Tensor, prefix: str) -> dict[str, Tensor]:
+    error = (values - others).abs().flatten(1)
+    return {f"{prefix}largest_error": error.amax(1), f"{prefix}mean_error": error.mean(1, dtype=torch.float64)}
 
 
 TARGETS: dict[str, Callable[[], Target]] = {
     "soft": SoftTargets,
-    "first_order": lambda: FirstOrderMap("first_order", "softmax", (SOFTMAX_REACH,), SOFTMAX_REACH / 255),
-    "first_order_logits": lambda: FirstOrderMap("first_order_logits", "logits", (8.0, 32.0, 128.0, 512.0), 1.5),
+    "first_order": lambda: FirstOrderMap("first_order", "softmax"),
+    "first_order_logits": lambda: FirstOrderMap("first_order_logits", "logits"),
 }
 """Every target by its name in the cache."""
 
@@ -144,25 +244,17 @@ TARGETS: dict[str, Callable[[], Target]] = {
 class Coded:
     """One target of a batch, coded."""
 
-    codes: Tensor
+    codes: Sequence[Tensor]
+    """Each sample's, channels,h,w; float16 on the rung EXACT."""
     rungs: Tensor
     errors: Tensor
+    """The largest of the measures that the bound is about."""
     measures: Mapping[str, Tensor]
-
-    def improved(self, other: Coded, bound: float) -> Coded:
-        """This, but the other for the samples that miss the bound here and are closer to it there."""
-        take = (self.errors > bound) & (other.errors < self.errors)
-        return Coded(
-            codes=torch.where(take[:, None, None, None], other.codes, self.codes),
-            rungs=torch.where(take, other.rungs, self.rungs),
-            errors=torch.where(take, other.errors, self.errors),
-            measures={name: torch.where(take, other.measures[name], kept) for name, kept in self.measures.items()},
-        )
 
     def followed_by(self, other: Coded) -> Coded:
         """The samples of this and then those of the other."""
         return Coded(
-            codes=torch.cat([self.codes, other.codes]),
+            codes=[*self.codes, *other.codes],
             rungs=torch.cat([self.rungs, other.rungs]),
             errors=torch.cat([self.errors, other.errors]),
             measures={name: torch.cat([value, other.measures[name]]) for name, value in self.measures.items()},
@@ -171,26 +263,79 @@ class Coded:
     def on_host(self) -> Coded:
         """The same on the CPU."""
         return Coded(
-            codes=self.codes.cpu(),
+            codes=[codes.cpu() for codes in self.codes],
             rungs=self.rungs.cpu(),
             errors=self.errors.cpu(),
             measures={name: value.cpu() for name, value in self.measures.items()},
         )
 
 
-def code(
-    target: Target, spec: TargetSpec, log_probs_NChw: Tensor, mapping: GridMapping, image_size: tuple[int, int]
-) -> Coded:
-    """Codes each sample on the first rung that keeps the bound, or on the one with the least error if none does."""
-    values = target.values(log_probs_NChw, mapping)
-    best: Coded | None = None
-    for rung in range(spec.coder.rungs):
-        codes = spec.coder.encode(values, rung)
-        rungs = torch.full((len(values),), rung, device=values.device)
-        errors, measures = target.measure(values, spec.coder.decode(codes, rungs), mapping, image_size)
-        coded = Coded(codes=codes, rungs=rungs, errors=errors, measures=measures)
-        best = coded if best is None else best.improved(coded, spec.bound)
-        if bool((best.errors <= spec.bound).all()):
+def code_targets(
+    specs: Mapping[str, TargetSpec],
+    log_probs_NChw: Tensor,
+    mapping: GridMapping,
+    image_size: tuple[int, int],
+    names: Sequence[str],
+) -> dict[str, Coded]:
+    """Every target of a batch of samples, ``names``, distributions first. Raises CacheError as :func:`code` does."""
+    output = Output(log_probs_NChw=log_probs_NChw, mapping=mapping, image_size=image_size)
+    coded: dict[str, Coded] = {}
+    for name in sorted(specs, key=lambda name: name != "soft"):
+        coded[name], decoded = code(TARGETS[name](), specs[name], output, names)
+        if name == "soft":
+            output = replace(output, kept_NChw=decoded)
+    return {name: coded[name] for name in specs}
+
+
+def code(target: Target, spec: TargetSpec, output: Output, names: Sequence[str]) -> tuple[Coded, Tensor]:
+    """Codes each sample on a rung that keeps the bound, exactly where none does; with what a reader will see of it.
+
+    Raises CacheError, naming the sample, where none does and the target keeps nothing exactly.
+    """
+    values = target.values(output)
+    rungs = target.rungs(spec, values)
+    codes = spec.coder.encode(values, rungs)
+    decoded = spec.coder.decode(codes, rungs)
+    measures = target.measure(spec, values, decoded, output)
+
+    def renew(samples: Tensor, newly: Tensor) -> None:
+        decoded[samples] = newly
+        for name, value in target.measure(spec, values[samples], newly, output.of(samples)).items():
+            measures[name][samples] = value
+
+    while True:
+        excess = _largest(measures, spec) / max(spec.bound, 1e-30)
+        finer = torch.where(excess > 1, target.finer(spec, rungs, excess), rungs)
+        again = (finer != rungs).nonzero()[:, 0]
+        if not len(again):
             break
-    assert best is not None, "a ladder has at least one rung"
-    return best
+        rungs = finer
+        codes[again] = spec.coder.encode(values[again], rungs[again])
+        renew(again, spec.coder.decode(codes[again], rungs[again]))
+    kept = list(codes)
+    if len(beyond := (excess > 1).nonzero()[:, 0]) and not isinstance(spec.coder, ExactDistribution):
+        if not spec.fallback:
+            raise _beyond(spec, names[int(beyond[0])], float(excess[beyond[0]]) * spec.bound)
+        exact = to_float16(values[beyond])
+        for k, sample in enumerate(beyond.tolist()):
+            kept[sample] = exact[k]
+        rungs = rungs.index_fill(0, beyond, EXACT)
+        renew(beyond, from_float16(exact))
+    return Coded(codes=kept, rungs=rungs, errors=_largest(measures, spec), measures=measures), decoded
+
+
+def _largest(measures: Mapping[str, Tensor], spec: TargetSpec) -> Tensor:
+    """The largest of each sample's measures that the bound is about, N."""
+    return torch.stack([measures[name].double() for name in spec.bounded]).amax(0)
+
+
+def _beyond(spec: TargetSpec, name: str, error: float) -> CacheError:
+    if spec.name == "soft":
+        remedy = 'allow more with cache.max_kl, or keep such samples exactly with cache.beyond = "exact"'
+    else:
+        remedy = (
+            "allow more with cache.max_first_order_error"
+            if spec.name == "first_order"
+            else 'keep "first_order" instead'
+        )
+    return CacheError(f"{name}: {spec.name} is off by {error:.3g} at best, the bound is {spec.bound:.3g}; {remedy}")
