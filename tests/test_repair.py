@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from segkd.pipeline.config import RunConfig, load
 from segkd.pipeline.teacher.cache import teacher_cache
 from segkd.pipeline.teacher.repair import repair
 from segkd.storage.audit import verify
+from segkd.storage.compact import compact
 from segkd.storage.errors import CacheDamagedError, CacheError, CacheMismatchError, SegkdError
 from segkd.storage.reader import CacheReader
 from segkd.storage.repair import ReplacingWriter
@@ -167,6 +169,15 @@ def test_a_unit_whose_images_have_changed_is_named_and_left_alone(grown: tuple[R
     )
     assert files_of(cache) == before
     assert "segkd cache compact" in summary.lines()[-1]
+    # What the last line says to do: the same samples as they are now, and compacted again a fresh cache of them.
+    new, fresh = (replace(run, cache=replace(run.cache, path=f"{cache}-{name}.zarr")) for name in ("new", "fresh"))
+    lost = compact(cache, new.cache.path, skip_damaged=True).skipped
+    assert lost
+    assert not set(lost) & {"b/1", "d/0"}
+    assert teacher_cache(new).sealed
+    compact(new.cache.path, f"{cache}-again.zarr")
+    teacher_cache(fresh)
+    assert files_of(Path(f"{cache}-again.zarr")) == files_of(Path(fresh.cache.path))
 
 
 def test_another_teacher_is_refused_before_anything_is_touched(run: RunConfig, place: Path) -> None:
