@@ -278,6 +278,8 @@ def test_a_budget_and_a_bound_exclude_each_other(run: Path) -> None:
 def test_a_budget_needs_a_target_whose_bound_it_finds(sized: RunConfig) -> None:
     with pytest.raises(ConfigError, match=r'^cache.budget needs the target "soft", whose bound it finds; add it'):
         resolve_budget(replace(sized, cache=replace(sized.cache, budget="1GB", targets=("first_order",))))
+    with pytest.raises(ConfigError, match=r'^cache.budget has no bound to find where profile = "exact"; take another'):
+        resolve_budget(replace(sized, cache=replace(sized.cache, budget="1GB", profile="exact")))
 
 
 def test_the_bounds_are_a_fine_grid() -> None:

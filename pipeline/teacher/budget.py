@@ -36,6 +36,10 @@ def resolve_budget(run: RunConfig, opened: Opened | None = None) -> RunConfig:
         return run
     if "soft" not in config.targets:
         raise ConfigError('cache.budget needs the target "soft", whose bound it finds; add it, or remove the budget')
+    if config.profile == "exact":
+        raise ConfigError(
+            'cache.budget has no bound to find where profile = "exact"; take another profile, or no budget'
+        )
     if (Path(config.path) / METADATA).exists():
         bound = read_spec(Path(config.path)).targets["soft"].bound
         logger.info("%s stands with max_kl %.3g, which the budget leaves as it is", config.path, bound)
