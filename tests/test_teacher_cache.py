@@ -365,7 +365,7 @@ def found_as_written(codes: np.ndarray, valid: np.ndarray, whole: np.ndarray) ->
 def test_a_write_error_stops_the_teacher_before_its_next_batches(
     sized: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first unit cannot be written: the second one, of many batches, is not computed to its end."""
+    """The first of nine units cannot be written: the teacher hears of it within two batches."""
     failed = threading.Event()
     infer, asked = Predictor.infer, []
 
@@ -382,8 +382,7 @@ def test_a_write_error_stops_the_teacher_before_its_next_batches(
 
     monkeypatch.setattr(Predictor, "infer", waits)
     monkeypatch.setattr(CacheWriter, "write", fails)
-    # Units: one of one image, two of one role and eight batches.
-    with pytest.raises(CacheError, match="^the disk is full$"):
+    with pytest.raises(CacheError, match=r"^the disk is full$"):
         teacher_cache(replace(sized, cache=replace(sized.cache, batch=1, unit_samples=1)))
     assert len(asked) <= 3
 

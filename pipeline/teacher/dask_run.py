@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from distributed import Client, Future, KilledWorker, LocalCluster, wait
+from distributed import Client, Future, KilledWorker, LocalCluster, Worker, WorkerPlugin, wait
 
 from segkd.pipeline.config import RunConfig
 from segkd.pipeline.teacher.increments import find_work
@@ -77,6 +78,13 @@ def write_units(where: str, run: RunConfig, generation: int, units: Sequence[Uni
                 client.cancel(list(running))
 
 
+class _LeavesCtrlC(WorkerPlugin):
+    """A terminal sends Ctrl-C to local workers, too; it is the run's, which ends them."""
+
+    def setup(self, worker: Worker) -> None:  # noqa: ARG002  # Dask's signature
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def _connected(where: str) -> Iterator[Client]:
     local = re.fullmatch(r"local:([1-9]\d*)", where)
@@ -87,6 +95,7 @@ def _connected(where: str) -> Iterator[Client]:
             ) as cluster,
             Client(cluster) as client,
         ):
+            client.register_plugin(_LeavesCtrlC())
             yield client
         return
     if "://" not in where:
