@@ -27,7 +27,7 @@ from segkd.storage.geometry import Mapping, network_axis
 from segkd.storage.layout import Plan, PlannedSample, plan_units
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import CacheSpec, TargetSpec
-from segkd.storage.table import CodedSample, Entry
+from segkd.storage.table import CodedSample
 from segkd.storage.writer import CacheWriter
 
 TILE = 8
@@ -126,16 +126,13 @@ class Content:
         for name in sorted({*FIRST, *SECOND}):
             entry = parts[name] = _attempt(partial(opened.entry, name))
             for target in opened.spec.targets if entry is not None else ():
-                parts[f"{name} {target}"] = _attempt(partial(_codes, opened, entry, target))
+                values = _attempt(partial(opened.values, entry, target))
+                parts[f"{name} {target}"] = None if values is None else values.tobytes()
         return cls(parts)
 
     def differences(self, expected: Content) -> list[str]:
         """What was returned and is not what was written."""
         return [name for name, value in self.parts.items() if value is not None and value != expected.parts.get(name)]
-
-
-def _codes(reader: CacheReader, entry: Entry, target: str) -> bytes:
-    return reader.window(entry, target, *map(range, entry.mapping.shape)).tobytes()
 
 
 def _ids(reader: CacheReader) -> list[str]:
