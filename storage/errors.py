@@ -6,6 +6,9 @@ keeps working. A message says what happened, what was got, what was expected and
 
 from __future__ import annotations
 
+AFTER_DAMAGE = "segkd cache verify lists all damage, segkd cache repair writes it again"
+"""What to do about a cache with damage, as its messages say it."""
+
 
 class SegkdError(Exception):
     """Base of every error that segkd raises on purpose. ``exit_status`` is what the command line ends with."""

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from segkd.storage.errors import CacheDamagedError, CacheError
+from segkd.storage.errors import AFTER_DAMAGE, CacheDamagedError, CacheError
 
 COMMITS = "commits"
 """The folder of the commit records, in that of their generation."""
@@ -80,7 +80,7 @@ def read_document(path: Path) -> dict[str, Any]:
         if not isinstance(document, dict):
             raise ValueError("it holds no JSON object")
     except (ValueError, RecursionError) as error:
-        raise CacheDamagedError(f"{path} cannot be read ({error}); restore the cache or write it again") from error
+        raise CacheDamagedError(f"{path} cannot be read ({error}); {AFTER_DAMAGE}") from error
     return document
 
 
@@ -89,7 +89,7 @@ def read_signed(path: Path) -> dict[str, Any]:
     document = read_document(path)
     expected = signed({name: value for name, value in document.items() if name != "sha256"})
     if path.read_bytes() != canonical(expected):
-        raise CacheDamagedError(f"{path} cannot be read (its digest differs); restore the cache or write it again")
+        raise CacheDamagedError(f"{path} cannot be read (its digest differs); {AFTER_DAMAGE}")
     return document
 
 

@@ -69,7 +69,7 @@ class CacheReader:
             if generation.sealed and len(done) < len(units):
                 lost = f"{len(units) - len(done)} of its {len(units)} commit records"
                 raise CacheDamagedError(
-                    f"{self.path} was finished and has lost {lost}; run segkd teacher-cache again to write those units"
+                    f"{self.path} was finished and has lost {lost}; segkd cache repair writes them again"
                 )
             records += [{"generation": generation.number, **read_signed(generation.record_path(k))} for k in done]
         return records

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segkd.storage.chunks import CHECKSUM, decode_chunk, unwrap
-from segkd.storage.errors import CacheDamagedError
+from segkd.storage.errors import AFTER_DAMAGE, CacheDamagedError
 from segkd.storage.packing import EMPTY
 
 INDEX_BYTES = 1 << 26
@@ -215,9 +215,7 @@ def damaged(path: str | Path, error: Exception) -> CacheDamagedError:
     """The error for a file of a cache that is not as it was written."""
     lost = isinstance(error, FileNotFoundError)
     reason = "it is lost" if lost else getattr(error, "strerror", None) or str(error)
-    return CacheDamagedError(
-        f"{path} cannot be read ({reason}); segkd cache verify lists all damage, segkd cache repair writes it again"
-    )
+    return CacheDamagedError(f"{path} cannot be read ({reason}); {AFTER_DAMAGE}")
 
 
 def _runs(places: Sequence[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:

@@ -557,7 +557,10 @@ def test_a_description_that_is_cut_off_is_damage(tmp_path: Path, name: str) -> N
 @pytest.mark.parametrize("content", [b"", b"[1]", b"3", b"[" * 100_000, b'{"a": \xff}'])
 def test_whatever_stands_where_a_description_was_is_damage(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "zarr.json").write_bytes(content)
-    with pytest.raises(CacheDamagedError, match=r"zarr.json cannot be read \(.*; restore the cache or write it again$"):
+    with pytest.raises(
+        CacheDamagedError,
+        match=r"zarr.json cannot be read \(.*; segkd cache verify lists all .* repair writes it again$",
+    ):
         read_spec(tmp_path)
 
 
@@ -565,7 +568,7 @@ def test_a_lost_commit_record_is_damage_and_written_again(tmp_path: Path) -> Non
     plan = write_cache(tmp_path / "c.zarr")
     before = files_of(tmp_path / "c.zarr")
     (tmp_path / "c.zarr" / GENERATION / publish.record_name(1)).unlink()
-    message = rf"c.zarr was finished and has lost 1 of its {len(plan.units)} commit records; run segkd teacher-cache"
+    message = rf"c.zarr was finished and has lost 1 of its {len(plan.units)} commit records; segkd cache repair"
     with pytest.raises(CacheDamagedError, match=message):
         CacheReader(tmp_path / "c.zarr").records()
     writer = CacheWriter(tmp_path / "c.zarr", spec_for(), plan)
