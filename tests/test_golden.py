@@ -1,7 +1,7 @@
 """Format 1.0 stays what it is: a cache that was written once is read alike by every later version.
 
-``tests/golden/cache.zarr`` was written by ``tests/golden/write.py`` with Python 3.11 and zarr 3.1.6; its values stand in
-``values.npz``, as they were read then. Nothing here needs torch, so it runs on any Python that zarr runs on.
+``tests/golden/cache.zarr`` was written by ``tests/golden/write.py`` with Python 3.11 and zarr 3.1.6; its values stand
+in ``values.npz``, as they were read then. Nothing here needs torch, so it runs on any Python that zarr runs on.
 """
 
 from __future__ import annotations
