@@ -106,15 +106,6 @@ def to_toml(config: Any) -> str:
     return tables_to_toml(to_dict(config))
 
 
-def leaves(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in a JSON document's tables."""
-    for name, value in tables.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def tables_to_toml(tables: Mapping[str, Any]) -> str:
     """A JSON document's tables as TOML, without the keys that hold None."""
     return "\n".join(_table((), tables)).strip() + "\n"

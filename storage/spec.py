@@ -13,10 +13,15 @@ from typing import Any
 import numpy as np
 
 from segkd.storage.coding import Coder, coder_from_dict, coder_to_dict
+from segkd.storage.differences import differing
 from segkd.storage.errors import CacheMismatchError, ConfigError
 
 FORMAT = "1.0"
 """Version of the layout on disk. Every 1.x reads every 1.y: a minor version only adds what others may ignore."""
+UNSEEN = ("weights", "code")
+"""The fingerprints of what no description tells."""
+TOLD = 5
+"""Differences that a message names one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +111,9 @@ class CacheSpec:
     tile: int
     """Side of a tile in cells."""
     fingerprints: Mapping[str, str]
-    """Digests of teacher (reference, arguments, weights), preprocessing, classes and coding."""
+    """Digests of the teacher's description, its weights, its code, its preprocessing, of classes and coding."""
     teacher: Mapping[str, Any]
-    """The teacher's description, for people; nothing is ever loaded from here."""
+    """The teacher's description and numerical precision, to tell what differs; nothing is ever loaded from here."""
 
     @property
     def cell_bytes(self) -> int:
@@ -144,18 +149,42 @@ class CacheSpec:
 
 
 def require_equal(expected: CacheSpec, found: CacheSpec, where: str) -> None:
-    """Raises CacheMismatchError that names what differs between a cache and what was asked for."""
-    differing = [name for name, digest in expected.fingerprints.items() if found.fingerprints.get(name) != digest]
-    if expected.classes != found.classes:
-        counts = f"{len(found.classes)} in the cache, {len(expected.classes)} asked for"
-        differing = [f"classes ({counts})", *(name for name in differing if name != "classes")]
-    if expected.tile != found.tile:
-        differing.append(f"tile ({found.tile} in the cache, {expected.tile} asked for)")
-    if differing or json.dumps(expected.to_dict(), sort_keys=True) != json.dumps(found.to_dict(), sort_keys=True):
+    """Raises CacheMismatchError that names what differs between a cache and what was asked for, with both values."""
+    # A coder's numbers and the measures follow from the rest, unless another version chose them.
+    differences = differing(_stated(found, expected), _stated(expected, found)) or differing(
+        _document(found), _document(expected)
+    )
+    digests = [name for name, digest in expected.fingerprints.items() if found.fingerprints.get(name) != digest]
+    # The other digests are of what stands in the specification.
+    unseen = [name for name in digests if name in UNSEEN] or (digests if not differences else [])
+    reference = str(expected.teacher.get("reference", "the teacher"))
+    told = {"code": f"the code of {reference.rpartition(':')[0] or reference}", "weights": "the teacher's weights"}
+    differences += [told.get(name, f"the {name}") for name in unseen]
+    if differences:
+        more = f" and {len(differences) - TOLD} more" if len(differences) > TOLD else ""
         raise CacheMismatchError(
-            f"{where} was written with another {', '.join(dict.fromkeys(differing)) or 'description'}; "
-            "give this run another cache path, or remove the old cache"
+            f"{where} differs from this run in {', '.join(differences[:TOLD])}{more}; "
+            "give this run another cache.path, or remove the old cache"
         )
+
+
+def _document(spec: CacheSpec) -> dict[str, Any]:
+    """The specification without digests, with a table for each target."""
+    document: dict[str, Any] = json.loads(json.dumps(spec.to_dict()))
+    del document["fingerprints"]
+    targets = {target.pop("name"): target for target in document.pop("targets")}
+    return {**document, "targets": list(targets), **targets}
+
+
+def _stated(spec: CacheSpec, other: CacheSpec) -> dict[str, Any]:
+    """What somebody has asked for: of the coders the kind alone, and of targets those that both have."""
+    document = _document(spec)
+    for name in spec.targets:
+        target = document.pop(name)
+        if name in other.targets:
+            stated = ("bound", "parameters", "codec", "fallback", "channels")
+            document[name] = {key: target[key] for key in stated} | {"coder": target["coder"]["kind"]}
+    return document
 
 
 def _require_readable(found: str, where: str) -> None:

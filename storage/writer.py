@@ -16,6 +16,7 @@ import numpy.typing as npt
 import zarr
 
 from segkd.storage.coding import EXACT
+from segkd.storage.differences import differing
 from segkd.storage.errors import CacheError, CacheExistsError, CacheMismatchError
 from segkd.storage.generation import (
     GENERATIONS,
@@ -124,7 +125,9 @@ class CacheWriter:
         if path == self.generation.folder / METADATA:
             found = Generation.open(self.root, self.spec, self.generation.number).plan
             if found != self.plan.spec:
-                what = "unit plan" if found.digest == self.plan.spec.digest else "list of samples"
+                what = "list of samples"
+                if found.digest == self.plan.spec.digest:
+                    what = f"unit plan: {', '.join(differing(found.to_dict(), self.plan.spec.to_dict()))}"
                 raise CacheMismatchError(
                     f"{self.root} was written with another {what}; "
                     "give this run another cache path, or remove the old cache"

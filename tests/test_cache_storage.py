@@ -468,8 +468,8 @@ def test_another_teacher_is_named_and_nothing_changes(tmp_path: Path) -> None:
     with pytest.raises(CacheMismatchError) as caught:
         CacheWriter(tmp_path / "c.zarr", spec_for(teacher="another", coding="other"), plan)
     assert str(caught.value) == (
-        f"{tmp_path / 'c.zarr'} was written with another teacher, coding; "
-        "give this run another cache path, or remove the old cache"
+        f"{tmp_path / 'c.zarr'} differs from this run in the teacher, the coding; "
+        "give this run another cache.path, or remove the old cache"
     )
     other = plan_units(plan.samples[:-1], unit_samples=2, tile=TILE)
     with pytest.raises(CacheMismatchError, match="was written with another list of samples; give this run another"):

@@ -185,7 +185,7 @@ def test_another_teacher_is_refused_before_anything_is_touched(run: RunConfig, p
     damage(cache / "generations/0/samples/c.0.0")
     other = load(place / "tiny.toml", [*SETTINGS, f"cache.path={json.dumps(run.cache.path)}", "cache.tile=16"])
     before = files_of(cache)
-    with pytest.raises(CacheMismatchError, match="was written with another tile"):
+    with pytest.raises(CacheMismatchError, match=r"differs from this run in tile \(8, now 16\); give this run"):
         repair(other)
     damage(cache / "zarr.json")
     with pytest.raises(

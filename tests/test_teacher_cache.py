@@ -194,6 +194,62 @@ def test_one_image_that_is_too_large_for_the_device_is_an_error(
         teacher_cache(sized)
 
 
+def refusal(run: RunConfig) -> str:
+    """What the cache is said to differ in."""
+    with pytest.raises(CacheMismatchError) as refused:
+        teacher_cache(run)
+    remedy = "; give this run another cache.path, or remove the old cache"
+    beginning = f"{run.cache.path} differs from this run in "
+    assert str(refused.value).startswith(beginning)
+    assert str(refused.value).endswith(remedy)
+    return str(refused.value).removeprefix(beginning).removesuffix(remedy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["teacher.preprocessing.channels='BGR'"], "teacher.preprocessing.channels ('RGB', now 'BGR')"),
+        (["cache.max_kl=0.002"], "soft.bound (0.001, now 0.002)"),
+        (["cache.temperatures=[1, 4]"], "soft.parameters.temperatures ([1.0], now [1.0, 4.0])"),
+        (["cache.targets=['soft']"], "targets (['soft', 'first_order'], now ['soft'])"),
+        (["cache.precision='bf16'"], "teacher.precision ('off', now 'bf16')"),
+        (["cache.tile=16"], "tile (8, now 16)"),
+        (
+            ["data.classes=['red', 'green', 'azure']"],
+            "classes (['red', 'green', 'blue'], now ['red', 'green', 'azure'])",
+        ),
+        (
+            ["cache.profile='exact'"],
+            "soft.fallback (True, now False), soft.coder ('companded-distribution', now 'float16-distribution')",
+        ),
+        (
+            ["cache.profile='dense'", "cache.max_first_order_error=0.02"],
+            "soft.codec ('zstd', now 'context'), first_order.bound (0.00390625, now 0.02), "
+            "first_order.codec ('zstd', now 'context')",
+        ),
+    ],
+)
+def test_a_mismatch_says_what_differs(run: Path, settings: list[str], told: str) -> None:
+    teacher_cache(load(run, ["cache.tile=8"]))
+    assert refusal(load(run, ["cache.tile=8", *settings])) == told
+
+
+def test_other_weights_are_told_from_other_code(run: Path) -> None:
+    """Weights that no file and no argument names: the module draws them from something else."""
+    teacher = run.parent / "teacher.py"
+    teacher.write_text(
+        teacher.read_text().replace(
+            "        self.gain", "        self.register_buffer('other', SCALE)\n        self.gain"
+        )
+        + "\n\nimport os\n\nSCALE = torch.tensor(float(os.environ.get('SEGKD_TEST_SCALE', 1)))\n"
+    )
+    described = load(run)
+    teacher_cache(described)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEGKD_TEST_SCALE", "2")
+        assert refusal(described) == "the teacher's weights"
+
+
 def test_another_teacher_is_refused_and_the_same_one_elsewhere_is_not(sized: RunConfig, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     weights.mkdir()
@@ -208,14 +264,11 @@ def test_another_teacher_is_refused_and_the_same_one_elsewhere_is_not(sized: Run
     elsewhere = replace(named, teacher=replace(described, arguments={"weights": str(tmp_path / "a.pth")}))
     assert teacher_cache(elsewhere).written == 0
     torch.save({"x": torch.ones(1)}, tmp_path / "a.pth")
-    message = "was written with another teacher; give this run another cache path"
-    with pytest.raises(CacheMismatchError, match=message):
-        teacher_cache(elsewhere)
+    assert refusal(elsewhere) == "teacher.arguments.weights (the content of a.pth)"
     torch.save({"x": torch.zeros(1)}, tmp_path / "a.pth")
     assert teacher_cache(elsewhere).written == 0
     teacher.write_text(source.replace("4.0", "3.0"))
-    with pytest.raises(CacheMismatchError, match=message):
-        teacher_cache(elsewhere)
+    assert refusal(elsewhere) == "the code of teacher.py"
 
 
 def test_batches_have_one_size_and_never_cross_a_unit(sized: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,8 +453,7 @@ def test_code_of_an_importable_module_counts_by_its_file(
         importlib.invalidate_caches()
         sys.modules.pop("segkd_test_module", None)
         if refused:
-            with pytest.raises(CacheMismatchError, match="was written with another teacher"):
-                teacher_cache(named)
+            assert refusal(named) == "the code of segkd_test_module"
         else:
             teacher_cache(named)
     sys.modules.pop("segkd_test_module", None)

@@ -18,10 +18,10 @@ from segkd.pipeline.data.readers import open_data
 from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample, with_role
 from segkd.pipeline.data.stream import StreamConfig, TrainStream
 from segkd.pipeline.models.network import NetworkConfig
-from segkd.pipeline.settings import leaves
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.losses import LossConfig, needed_targets, uses
 from segkd.pipeline.teacher.fingerprints import portable
+from segkd.storage.differences import difference, leaves
 from segkd.storage.errors import CacheMismatchError, ConfigError
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import CacheSpec
@@ -118,7 +118,7 @@ def _check_teacher(cache: CacheReader, teacher: NetworkConfig) -> None:
     defaults, stated = map(_described, (NetworkConfig(reference=""), teacher))
     kept = dict(leaves(cache.spec.teacher))
     differing = [
-        f"{key} ({kept.get(key)!r}, now {value!r})"
+        difference(key, kept.get(key), value)
         for key, value in stated.items()
         if value not in (defaults.get(key), kept.get(key)) and not _is_absent_file(value, kept.get(key))
     ]

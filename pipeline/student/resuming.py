@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from segkd.pipeline.settings import leaves
 from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.checkpoint import Description
 from segkd.pipeline.student.folder import RunFolder
+from segkd.storage.differences import difference, leaves
 from segkd.storage.errors import CheckpointError
 
 HARMLESS = (
@@ -47,7 +47,7 @@ def require_same(held: Description, now: Description, path: Path) -> None:
         # Nobody can read a digest.
         f"the cache's {key.removeprefix('fingerprints.')}"
         if key.startswith("fingerprints.")
-        else f"{key} ({before.get(key)!r}, now {after.get(key)!r})"
+        else difference(key, before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not _is_harmless(key)
     ]

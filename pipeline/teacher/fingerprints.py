@@ -1,5 +1,7 @@
 """Digests that tell whether a cache still fits: of the teacher, of what it is fed, of the classes, of the coding.
 
+The weights and the code have digests of their own, because no description tells in what they differ.
+
 They depend on content, not on where it lies: a file of weights or code counts by its bytes, any path by its last part.
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,22 +24,24 @@ from segkd.storage.spec import TargetSpec
 
 
 def fingerprints(
-    network: nn.Module, config: NetworkConfig, classes: Classes, targets: Iterable[TargetSpec], precision: str
+    network: nn.Module,
+    teacher: Mapping[str, Any],
+    reference: str,
+    classes: Classes,
+    targets: Iterable[TargetSpec],
 ) -> dict[str, str]:
-    """What a cache's specification records and what opening it for more compares."""
-    description = portable(config)
+    """What a cache's specification records and what opening it for more compares.
+
+    ``teacher``: its description as a cache keeps it; ``reference``: where its code lies.
+    """
+    description = dict(teacher)
     preprocessing = description.pop("preprocessing")
     channels = {name: description.pop(name) for name in ("classes", "class_map")}
     return {
-        "teacher": _digest(
-            {
-                **description,
-                # What a Python file computes, or a frozen program has for weights, no tensor tells.
-                "file": _code(config.reference),
-                "weights": weights_digest(network),
-                "precision": precision,
-            }
-        ),
+        "teacher": _digest(description),
+        "weights": weights_digest(network),
+        # What a Python file computes, or a frozen program has for weights, no tensor tells.
+        "code": _digest(_code(reference)),
         "preprocessing": _digest(preprocessing),
         "classes": _digest({"data": classes.names, **channels}),
         "coding": _digest([target.to_dict() for target in targets]),

@@ -64,12 +64,13 @@ def open_run(run: RunConfig) -> Opened:
     device = find_device(config.device)
     predictor = Predictor(network, teacher, data.classes.names, device=device, precision=config.precision)
     targets = target_specs(config, len(data.classes))
+    kept = {**portable(teacher), "precision": config.precision}
     spec = CacheSpec(
         classes=data.classes.names,
         targets=targets,
         tile=config.tile,
-        fingerprints=fingerprints(network, teacher, data.classes, targets.values(), config.precision),
-        teacher=portable(teacher),
+        fingerprints=fingerprints(network, kept, teacher.reference, data.classes, targets.values()),
+        teacher=kept,
     )
     return Opened(
         config=config,
