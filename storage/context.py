@@ -29,8 +29,8 @@ MOST_CLASSES = 65_535
 
 
 @functools.cache
-def kernels() -> tuple[ModuleType, ModuleType, ModuleType, npt.NDArray[np.int32]]:
-    """The compiled modules and the models that a tile starts from; compiles them if no process here has before.
+def kernels() -> tuple[ModuleType, ModuleType, ModuleType, npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """The compiled modules and the models that a tile starts from, mode 3's last; compiles what no process here has.
 
     Raises ConfigError without numba. Worth calling before workers fork, so that each need not compile or load them.
     """
@@ -40,7 +40,8 @@ def kernels() -> tuple[ModuleType, ModuleType, ModuleType, npt.NDArray[np.int32]
         raise ConfigError(
             f"the dense profile is coded with numba, which cannot be imported ({error}); pip install 'segkd[dense]'"
         ) from error
-    return context_kernel, context_marked, context_graded, context_kernel.initial_models()
+    initial, graded = context_kernel.initial_models(), context_graded.initial_grades()
+    return context_kernel, context_marked, context_graded, initial, graded
 
 
 def encode(codes_Chw: Codes) -> bytes:
@@ -118,24 +119,22 @@ class _State:
     """What coder and models know in the course of one tile."""
 
     def __init__(self, *, data: Codes) -> None:
-        self._kernel, self._marked, self._graded, models = kernels()
+        self._kernel, self._marked, self._graded, self._models, self._grades = kernels()
         start = int.from_bytes(data[:4].tobytes().ljust(4, b"\0"), "big")
         self._coder = np.array([0, 0xFFFFFFFF, start, 4], np.int64)
-        self._models = models.copy()
         self._data = data
 
     def marked(self, decoding: bool, mode: int, levels: Codes, tops: npt.NDArray[np.int64], reach: int) -> None:
         self._coder[3] = 4 if decoding else 0
-        state = self._models, self._coder, self._data
-        if mode == GRADED:
-            self._models[:] = self._kernel.FRESH
+        models = self._grades if mode == GRADED else self._models
+        state = models.copy(), self._coder, self._data
         self._marked.code_tops(decoding, tops, len(levels), *state)
         code = self._marked.code_levels if mode == MARKED else self._graded.code_grades
         code(decoding, levels, tops, min(reach, 255) if mode == GRADED else reach, *state)
 
     def planes(self, decoding: bool, levels: Codes) -> None:
         self._coder[3] = 4 if decoding else 0
-        self._kernel.code_planes(decoding, levels, self._models, self._coder, self._data)
+        self._kernel.code_planes(decoding, levels, self._models.copy(), self._coder, self._data)
 
     def finish(self) -> bytes | None:
         """What was written, with the one byte that ends it; None where it did not fit."""

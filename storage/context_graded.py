@@ -1,74 +1,138 @@
-"""The compiled coding of cells with one top class each and hardly a level of 0: mode 3 of docs/format.md."""
+"""The compiled coding of cells with one top class each and hardly a level of 0: mode 3 of docs/format.md.
+
+numba's cache looks at the file of a function only: after a change in context_kernel.py, whose functions are inlined
+here, remove the caches in storage/__pycache__.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from segkd.storage.context_kernel import NEIGHBOURS, STATE, Int, compiled, number
+from segkd.storage.context_kernel import FRESH, MODELS, NEIGHBOURS, SQUASH, STATE, Int, compiled, number
+
+_U = np.uint64  # unsigned indexes spare the check for negative ones
 
 ROUGH_BIN = np.searchsorted((1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 18, 24), np.arange(32), side="right").astype(np.int64)
+MOST = 255  # levels of a cell that are averaged
+SHARE = (65_536 // np.arange(1, MOST + 2)).astype(np.int64)
+CLASSES, INPUTS = 4, 8  # what the learned part of a prediction sees: classes before, and they with the neighbours
+LARGEST = np.int32(1 << 17)  # a weight's
+
+
+def initial_grades() -> npt.NDArray[np.int32]:
+    """The models a tile starts from, as in ``initial_models``: wide where neighbours or other classes were off."""
+    models = np.full(MODELS, FRESH, np.int32)
+
+    def start(at: int, logits: tuple[int, ...]) -> None:
+        for node, logit in enumerate(logits):
+            models[at + node] = (int(SQUASH[min(max(logit, -1500), 1500) + 2048]) << 12) | 4
+
+    for context in range(13 * 4 * 3):
+        wide = 46 * (context // 12) + 86 * (context % 3)
+        start(16 * context, (wide - 230, wide - 450, wide - 510, wide - 680))
+    for context in range(8 * 8 * 4 * 4):
+        wide = 70 * (context % 8)
+        start(NEIGHBOURS + 16 * context, (wide, wide - 150, wide - 210, wide - 490))
+    return models
+
+
+@compiled("int64(int64, int64, int64, int64, int32[::1], int32[::1], int64)", inline=True)
+def _learned(w: Int, n: Int, nw: Int, ne: Int, weights: Any, inputs: Any, k: Int) -> Int:
+    """What class ``k``'s weights add to its prediction; fills in the inputs that are its neighbours' differences."""
+    at, added = k + CLASSES, np.int32(0)
+    inputs[_U(at)] = min(max(16 * (w - nw), -64), 64)
+    inputs[_U(at + 1)] = min(max(16 * (n - nw), -64), 64)
+    inputs[_U(at + 2)] = min(max(16 * (ne - n), -64), 64)
+    inputs[_U(at + 3)] = 16
+    for q in range(INPUTS):
+        added += weights[_U(k * INPUTS + q)] * inputs[_U(k + q)]
+    return np.int64(added) >> 16
+
+
+@compiled("void(int64, int32[::1], int32[::1], int64)", inline=True)
+def _learn(gap: Int, weights: Any, inputs: Any, k: Int) -> None:
+    """Moves class ``k``'s weights by what the prediction was off times what they saw."""
+    step = np.int32(min(max(gap, -32), 32))
+    for q in range(INPUTS):
+        moved = weights[_U(k * INPUTS + q)] + step * inputs[_U(k + q)]
+        weights[_U(k * INPUTS + q)] = min(max(moved, -LARGEST), LARGEST)
+
+
+@compiled("int64(int64, boolean, int64)", inline=True)
+def _fold(off: Int, up: bool, room: Int) -> Int:
+    """A distance from the guess as a number, the likelier side first."""
+    size = abs(off)
+    if size > room:
+        return room + size
+    return 2 * size - np.int64(off > 0 if up else off < 0)
+
+
+@compiled("int64(int64, int64, boolean, int64)", inline=True)
+def _unfold(folded: Int, guess: Int, up: bool, room: Int) -> Int:
+    """The level, at most 254, of a folded distance."""
+    if folded > 2 * room:
+        off = folded - room if guess == room else room - folded
+    elif folded & 1:
+        off = (folded + 1) >> 1 if up else -((folded + 1) >> 1)
+    else:
+        off = -(folded >> 1) if up else folded >> 1
+    return min(max(guess + off, 0), 254)
 
 
 @compiled(f"void(boolean, uint8[:,:,::1], int64[:,::1], int64, {STATE})")
 def code_grades(decoding: bool, levels: Any, tops: Any, reach: Int, models: Any, coder: Any, data: Any) -> None:
     """Codes the levels K,h,w of every class but a cell's top one against what neighbours and other classes foretell."""
     classes, height, width = levels.shape
-    values, misses = np.zeros((2, width + 4, classes), np.int64), np.zeros((2, width + 4, classes), np.int64)
+    pitch = (width + 4) * classes
+    values, misses = np.zeros(2 * pitch, np.int32), np.zeros(2 * pitch, np.int32)
+    weights, inputs = np.zeros(classes * INPUTS, np.int32), np.zeros(classes + INPUTS, np.int32)
     for i in range(height):
-        row, other = i & 1, 1 - (i & 1)
         for j in range(width):
-            top, count, errors, missed = tops[i + 2, j + 2], 0, 0, 0
+            here = (i & 1) * pitch + (j + 2) * classes
+            at_w, at_n = here - classes, (1 - (i & 1)) * pitch + (j + 2) * classes
+            at_nw, at_ne = at_n - classes, at_n + classes
+            if i == 0:
+                at_n, at_nw, at_ne = at_w, at_w, at_w
+            if j == 0:
+                at_w, at_nw = at_n, at_n
+            if j == width - 1:
+                at_ne = at_n
+            top, east, south = tops[i + 2, j + 2], tops[i + 2, j + 3], tops[i + 3, j + 2]
+            count, errors, missed = 0, 0, 0
             for k in range(classes):
                 if k == top:
-                    values[row, j + 2, k], misses[row, j + 2, k] = reach, 0
+                    values[_U(here + k)], misses[_U(here + k)], inputs[_U(k + CLASSES)] = reach, 0, 0
                     if decoding:
-                        levels[k, i, j] = 255
+                        levels[_U(k), _U(i), _U(j)] = 255
                     continue
-                w, n, nw, ne = (
-                    values[row, j + 1, k],
-                    values[other, j + 2, k],
-                    values[other, j + 1, k],
-                    values[other, j + 3, k],
-                )
-                miss_w, miss_n = misses[row, j + 1, k], misses[other, j + 2, k]
-                if i == 0:
-                    n, nw, ne, miss_n = w, w, w, miss_w
-                if j == 0:
-                    w, nw, miss_w = n, n, miss_n
-                if j == width - 1:
-                    ne = n
-                p: Int = 9 * w + 10 * n - 4 * nw + ne
-                if count:
-                    p += (13 if count < 3 else 16) * errors // (16 * count)
+                w, n = np.int64(values[_U(at_w + k)]), np.int64(values[_U(at_n + k)])
+                nw, ne = np.int64(values[_U(at_nw + k)]), np.int64(values[_U(at_ne + k)])
+                miss = np.int64(misses[_U(at_w + k)]) + np.int64(misses[_U(at_n + k)])
+                plain: Int = 9 * w + 10 * n - 4 * nw + ne
+                p: Int = plain + ((errors * SHARE[_U(count)]) >> 16)
+                p += _learned(w, n, nw, ne, weights, inputs, k)
                 p = min(max(p, 16 * min(w, n) - 48, 0), 16 * max(w, n) + 48, 4080)
                 guess, part = (p + 8) >> 4, (p + 8) & 15
-                up = part >= 8
-                room: Int = min(guess, 255 - guess)
-                off: Int = np.int64(levels[k, i, j]) - guess
-                size = abs(off)
-                folded = room + size
-                if size <= room:
-                    folded = 2 * size - (off > 0 if up else off < 0)
-                rough: Int = abs(w - nw) + abs(n - nw) + abs(n - ne) + miss_w + miss_n
-                rough = min(rough, 31)
+                up, room = part >= 8, min(guess, 255 - guess)
+                rough: Int = min(abs(w - nw) + abs(n - nw) + abs(n - ne) + miss, 31)
                 quarter = (part - 8) >> 1 if up else 3 - (part >> 1)
-                wrong = min(2, 2 * missed // count) if count else 1
-                near = np.int64(tops[i + 2, j + 3] == k or tops[i + 3, j + 2] == k)
-                first = ((ROUGH_BIN[rough] * 4 + quarter) * 3 + wrong) * 16
-                second = (min(guess, 31) * 4 + 2 * near + (count > 0)) * 8 + min(7, miss_w + miss_n)
+                wrong = np.int64(2 * missed >= count) + np.int64(missed >= count) if count else np.int64(1)
+                first = ((ROUGH_BIN[_U(rough)] * 4 + quarter) * 3 + wrong) * 16
+                second = (min(guess, 31) * 4 + 2 * np.int64(east == k or south == k) + (count > 0)) * 8 + min(7, miss)
+                level = np.int64(levels[_U(k), _U(i), _U(j)])
+                folded = _fold(level - guess, up, room)
                 folded = number(
                     decoding, folded, 0, first, NEIGHBOURS + 16 * second, min(7, rough >> 1), models, coder, data
                 )
                 if decoding:
-                    if folded > 2 * room:
-                        off = folded - room if guess == room else room - folded
-                    elif folded & 1:
-                        off = (folded + 1) >> 1 if up else -((folded + 1) >> 1)
-                    else:
-                        off = -(folded >> 1) if up else folded >> 1
-                    levels[k, i, j] = min(max(guess + off, 0), 254)
-                level = np.int64(levels[k, i, j])
-                values[row, j + 2, k], misses[row, j + 2, k] = level, abs(level - guess)
-                count, errors, missed = count + 1, errors + 16 * level - p, missed + abs(level - guess)
+                    level = _unfold(folded, guess, up, room)
+                    levels[_U(k), _U(i), _U(j)] = level
+                _learn(16 * level - p, weights, inputs, k)
+                error, off = 16 * level - plain, abs(level - guess)
+                values[_U(here + k)], misses[_U(here + k)] = level, off
+                inputs[_U(k + CLASSES)] = min(max(error, -64), 64)
+                if count < MOST:
+                    count, errors, missed = count + 1, errors + error, missed + off

@@ -86,6 +86,7 @@ def test_marked_cells_come_back(data):
         pytest.param(padded(field(1, 11, 26, 56)), MARKED, id="padded"),
         pytest.param(field(2, 11, 64, 64, levels=254), MARKED, id="fine levels"),
         pytest.param(np.maximum(field(2, 11, 64, 64), 3), GRADED, id="graded"),
+        pytest.param(np.maximum(field(5, 300, 4, 6), 1), GRADED, id="more graded classes than are averaged"),
         pytest.param(padded(field(3, 1, 5, 5)), MARKED, id="one class"),
         pytest.param(field(4, 150, 32, 32), MARKED, id="three words of classes"),
         pytest.param(np.full((3, 64, 64), 7, np.uint8), PLANES, id="constant"),
@@ -344,4 +345,4 @@ SMALL = [
     field(15, 2, 8, 8)[:1] // 2,
     padded(field(16, 3, 3, 4), 16),
 ]
-STREAMS = ["db076e106ee8f92d", "fa2dd28c0d080289", "6a3fedf50596335f", "b19b0625b63c0c16"]
+STREAMS = ["db076e106ee8f92d", "fa2dd28c0d080289", "6a3fedf50596335f", "3ff3b753df635373"]

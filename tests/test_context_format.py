@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from math import isqrt
+from operator import mul
 
 import numpy as np
 import pytest
@@ -35,21 +36,31 @@ def bin_s(x: int) -> int:
 class Reader:
     """Decisions and numbers; models come into being when they are first asked for."""
 
-    def __init__(self, data: bytes, *, fresh: bool = False) -> None:
+    def __init__(self, data: bytes, *, graded: bool = False) -> None:
         self.rest: Iterator[int] = iter(data)
         self.low, self.high, self.code = 0, 2**32 - 1, 0
         for _ in range(4):
             self.code = self.code << 8 | next(self.rest, 0)
         self.models: dict[tuple, list[int]] = {}
-        self.all_fresh = fresh
+        self.fresh = self.fresh_graded if graded else self.fresh_marked
 
     def model(self, name: tuple) -> list[int]:
         if name not in self.models:
-            self.models[name] = [2**21, 0] if self.all_fresh else self.fresh(*name)
+            self.models[name] = self.fresh(*name)
         return self.models[name]
 
     @staticmethod
-    def fresh(family: str, *place: int) -> list[int]:
+    def fresh_graded(family: str, *place: int) -> list[int]:
+        if family == "SLOPE" and place[-1] < 4:
+            z = 46 * place[0] + 86 * place[2] - (230, 450, 510, 680)[place[-1]]
+        elif family == "NEAR" and place[-1] < 4:
+            z = 70 * ((4 * place[2] + place[3]) % 8) - (0, 150, 210, 490)[place[-1]]
+        else:
+            return [2**21, 0]
+        return [64 * SQUASH[z + 2048], 4]
+
+    @staticmethod
+    def fresh_marked(family: str, *place: int) -> list[int]:
         if family == "SLOPE" and place[-1] < 9:
             place_bin, offset = place[0], 160 * (place[1] + place[2]) - 30
         elif family == "NEAR" and place[-1] < 9:
@@ -189,18 +200,26 @@ def read_graded(reader: Reader, classes: int, rows: int, columns: int, reach: in
     tops = read_tops(reader, classes, rows, columns)
     out = np.zeros((classes, rows, columns), np.uint8)
     levels, misses, nothing = {}, {}, [0] * classes
+    weights = [[0] * 8 for _ in range(classes)]
     for i, j in tops:
         top, near = tops[i, j], around(i, j, columns)
-        cell, miss, error, done = [0] * classes, [0] * classes, 0, 0
+        cell, miss, errors, done = [0] * classes, [0] * classes, [0] * classes, 0
         for k in range(classes):
             if k == top:
                 cell[k] = reach
                 continue
             w, n, nw, ne = (levels.get(place, nothing)[k] for place in near)
             mu = sum(misses.get(place, nothing)[k] for place in near[:2])
-            p = 9 * w + 10 * n - 4 * nw + ne
-            if done:
-                p += (13 if done < 3 else 16) * error // (16 * done)
+            plain = 9 * w + 10 * n - 4 * nw + ne
+            x = [errors[k - q] if k >= q else 0 for q in (4, 3, 2, 1)] + [
+                16 * (w - nw),
+                16 * (n - nw),
+                16 * (ne - n),
+                16,
+            ]
+            x = [min(max(value, -64), 64) for value in x]
+            p = plain + (sum(errors) * (65536 // (done + 1)) >> 16)
+            p += sum(map(mul, weights[k], x)) >> 16
             p = min(max(p, 16 * min(w, n) - 48, 0), 16 * max(w, n) + 48, 4080)
             guess, part = divmod(p + 8, 16)
             rho = min(31, abs(w - nw) + abs(n - nw) + abs(n - ne) + mu)
@@ -215,7 +234,11 @@ def read_graded(reader: Reader, classes: int, rows: int, columns: int, reach: in
             choices = (v for v in range(255) if folded == grade_fold(v - guess, room, sign))
             cell[k] = next(choices)
             miss[k] = abs(cell[k] - guess)
-            error, done = error + 16 * cell[k] - p, done + 1
+            errors[k], done = 16 * cell[k] - plain, done + 1
+            d = min(max(16 * cell[k] - p, -32), 32)
+            weights[k] = [
+                min(max(weight + d * value, -(2**17)), 2**17) for weight, value in zip(weights[k], x, strict=True)
+            ]
         levels[i, j], misses[i, j] = cell, miss
         out[:, i, j] = cell
         out[top, i, j] = 255
@@ -272,7 +295,7 @@ def read(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     out = np.zeros(shape, np.uint8)
     if mode in (MARKED, GRADED):
         reach = leb128()
-        read_levels, reader = (read_marked, read_graded)[mode - MARKED], Reader(bytes(rest), fresh=mode == GRADED)
+        read_levels, reader = (read_marked, read_graded)[mode - MARKED], Reader(bytes(rest), graded=mode == GRADED)
         out[present, :rows, :columns] = read_levels(reader, count, rows, columns, reach)
     else:
         out[present, :rows, :columns] = read_planes(Reader(bytes(rest)), count, rows, columns)
