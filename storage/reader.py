@@ -136,7 +136,8 @@ class CacheReader:
             for number, part in _parts(entry, codes, rows, columns, self.spec.tile):
                 tiles.setdefault(number, []).append(part)
         for (generation, name), tiles in sorted(wanted.items(), key=lambda item: item[0]):
-            for number, tile in self._shards.tiles(self._arrays[generation][name], tiles):
+            stops = {number: max(part.rows.stop for part in parts) for number, parts in tiles.items()}
+            for number, tile in self._shards.tiles(self._arrays[generation][name], stops):
                 for part in tiles[number]:
                     part.out[:] = tile[:, part.rows, part.columns]
         return results

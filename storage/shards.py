@@ -13,7 +13,7 @@ import os
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -138,18 +138,19 @@ class ShardReader:
     def __reduce__(self) -> tuple[type[ShardReader], tuple[()]]:
         return ShardReader, ()
 
-    def tiles(self, array: TileArray, numbers: Iterable[int]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    def tiles(self, array: TileArray, stops: Mapping[int, int]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Number and codes channels,t,t of each tile, in the order of the files; the codes may be read-only.
 
+        ``stops`` has, by number, the row from which on a tile's codes need not be right.
         Raises CacheDamagedError for a shard or a tile that is lost or not as it was written.
         """
         shards: dict[int, list[int]] = {}
-        for number in sorted(numbers):
+        for number in sorted(stops):
             shards.setdefault(number // array.shard_tiles, []).append(number)
         for group in shards.values():
             path = array.shard(group[0])
             try:
-                yield from self._tiles_of(path, array, group)
+                yield from self._tiles_of(path, array, {number: stops[number] for number in group})
             except (OSError, ValueError) as error:
                 raise damaged(path, error) from error
 
@@ -171,14 +172,16 @@ class ShardReader:
                 self._tables.put(path, table)
         return table
 
-    def _tiles_of(self, path: str, array: TileArray, numbers: list[int]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    def _tiles_of(
+        self, path: str, array: TileArray, stops: Mapping[int, int]
+    ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         file = self._files.get(path)
         if file is None:
             file = _File(path)
             self._files.put(path, file)
         index = self._index(path, file, array.shard_tiles)
         places = []
-        for number in numbers:
+        for number in stops:
             position = number % array.shard_tiles
             offset, length = _PLACE.unpack_from(index.content, position * _PLACE.size)
             if length == EMPTY or offset == EMPTY:
@@ -192,7 +195,7 @@ class ShardReader:
             for offset, length, number in run:
                 part = content[offset - begin : offset - begin + length]
                 try:
-                    yield number, decode_chunk(part, array.shape, array.dtype, array.codec)
+                    yield number, decode_chunk(part, array.shape, array.dtype, array.codec, stop=stops[number])
                 except ValueError as error:
                     raise ValueError(f"tile {number % array.shard_tiles}: {error}") from error
 

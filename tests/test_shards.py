@@ -80,7 +80,7 @@ def present() -> list[int]:
 
 
 def read(reader: ShardReader, array: TileArray, tiles: Sequence[int]) -> dict[int, Any]:
-    return dict(reader.tiles(array, tiles))
+    return dict(reader.tiles(array, dict.fromkeys(tiles, array.shape[-1])))
 
 
 @pytest.mark.parametrize("dtype", ["u1", "f2", "f4"])
