@@ -25,6 +25,12 @@ FLOORS = (0.44, 0.259, 0.152, 0.09, 0.053)
 LEVELS_OF_A_LADDER = 50
 MOST_COUNTED = 8
 """Up to so many codes that are not 0 raise what the zeros of a cell decode to: more say no more about the others."""
+_ADDED = np.zeros((2, 1, MOST_COUNTED, 256), np.float32)
+"""What is added to the logarithm that each code stands for, where so many codes of its cell are not 0, less one; first
+to have every code's, then those alone that have a probability of their own.
+"""
+_ADDED[0, ..., 0] = np.log(np.arange(1, MOST_COUNTED + 1))
+_ADDED[1, ..., [0, TOP]] = -np.inf
 _AHEAD = 1.001
 """How many times the next probability the argmax has at least, where the others leave less than that."""
 
@@ -78,7 +84,9 @@ class CompandedDistribution:
         least = min(max(0.07 * scale, 1.2), finest / 2)
         most = min(max(0.6 * scale * math.sqrt(classes), 4 * least), finest)
         ratio = (most / least) ** (1 / (LEVELS_OF_A_LADDER - 1))
-        levels = (least * ratio**k for k in range(LEVELS_OF_A_LADDER))
+        levels = [least * ratio**k for k in range(LEVELS_OF_A_LADDER)]
+        if finest > 1.01 * most:
+            levels.append(finest)  # for maps as rough as noise, of which pixels may cost several times what cells do
         return cls(exponent=exponent, levels=tuple(float(f"{level:.4g}") for level in levels))
 
     @property
@@ -108,24 +116,32 @@ class CompandedDistribution:
         xp = array_namespace(codes_SChw)
         if xp.isdtype(codes_SChw.dtype, "real floating"):
             return from_float16(codes_SChw)
-        place, rungs = device(codes_SChw), xp.astype(rungs_S, xp.int64)
-        logs, probabilities = (
-            xp.reshape(xp.take(xp.asarray(table, device=place), rungs, axis=0), (-1,)) for table in self._tables
+        place, (samples, classes) = device(codes_SChw), codes_SChw.shape[:2]
+        # Two tables a sample: a row for each number of codes that are not 0, in it what the 256 codes stand for.
+        rows = xp.take(xp.asarray(self._logs, device=place), xp.astype(rungs_S, xp.int64), axis=0)
+        both = rows[None, :, None, :] + xp.asarray(_ADDED, device=place)
+        logs, known = both[0, ...], xp.exp(both[1, ...])
+        # Sums of bytes are much the cheapest, where they fit one.
+        counted = xp.sum(
+            xp.astype(codes_SChw, xp.bool), axis=1, keepdims=True, dtype=xp.uint8 if classes <= 255 else xp.int32
         )
-        floors = xp.exp(logs[::256])[:, None, None, None]
+        counted = xp.astype(counted, xp.float32)
+        zeros, row = classes - counted, xp.clip(counted, min=1, max=MOST_COUNTED)
+        floors = row * xp.exp(rows[:, :1])[:, :, None, None]
+        offset = 256 * xp.astype(row, xp.int64) - 256
+        if samples > 1:
+            offset += 256 * MOST_COUNTED * xp.arange(samples, device=place)[:, None, None, None]
         index = xp.astype(codes_SChw, xp.int64)
-        index += 256 * xp.arange(index.shape[0], device=place)[:, None, None, None]
-        index, shape = xp.reshape(index, (-1,)), codes_SChw.shape
-        decoded = xp.reshape(xp.take(logs, index, axis=0), shape)
-        known = xp.reshape(xp.take(probabilities, index, axis=0), shape)
-        zero, top = codes_SChw == 0, codes_SChw == TOP
-        zeros = xp.astype(xp.count_nonzero(zero, axis=1, keepdims=True), xp.float32)
-        counted = xp.clip(shape[1] - zeros, min=1, max=MOST_COUNTED)
-        others = xp.sum(known, axis=1, keepdims=True) + floors * counted * zeros
-        largest = xp.maximum(xp.max(known, axis=1, keepdims=True), floors * counted * (zeros > 0))
+        index += offset
+        index = xp.reshape(index, (-1,))
+        each = xp.reshape(_looked_up(known, index), codes_SChw.shape)
+        others = xp.sum(each, axis=1, keepdims=True) + floors * zeros
+        largest = xp.maximum(xp.max(each, axis=1, keepdims=True), floors * (zeros > 0))
         kept = xp.maximum(1 - others, _AHEAD * largest)
-        decoded = decoded + xp.where(zero, xp.log(counted), xp.where(top, xp.log(kept), 0))
-        return decoded - xp.log(others + kept)
+        # The argmax's is the largest, and its code stands for more than that: the lesser of two is what a class has.
+        decoded = xp.minimum(xp.reshape(_looked_up(logs, index), codes_SChw.shape), xp.log(kept))
+        decoded -= xp.log(others + kept)
+        return decoded
 
     def rungs_of(self, level_S: Array, values_SChw: Array, codes_SChw: Array) -> Array:
         """Each sample's rung of a level: that whose floor fits the values that are coded as 0 best, S.
@@ -167,16 +183,23 @@ class CompandedDistribution:
         return np.repeat(np.log(self.levels) / self.exponent, len(self.floors)).astype(np.float32)
 
     @cached_property
-    def _tables(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Log-probability of each code and probability of those that have one of their own, ``(rungs, 256)`` each."""
+    def _logs(self) -> npt.NDArray[np.float32]:
+        """Log-probability of each code, a 0 standing with one other; more than certainty for TOP, ``(rungs, 256)``."""
         units = np.tile(np.arange(256.0), (self.rungs, 1))
         units[:, 0] = np.tile(self.floors, len(self.levels))
         logs = np.log(units / np.repeat(self.levels, len(self.floors))[:, None]) / self.exponent
-        logs[:, TOP] = 0
-        logs = np.clip(logs, -1e4, 0).astype(np.float32)
-        probabilities = np.exp(logs.astype(np.float64))
-        probabilities[:, [0, TOP]] = 0
-        return logs, probabilities.astype(np.float32)
+        logs = np.clip(logs, -1e4, 0)
+        logs[:, TOP] = 1
+        return logs.astype(np.float32)
+
+
+def _looked_up(table: Array, index: Array) -> Array:
+    """Elements of a table, by their numbers in it.
+
+    The array API's ``take`` first replaces negative indexes for torch, which takes twice as long as the rest.
+    """
+    flat = table.reshape(-1)
+    return flat.index_select(0, index) if hasattr(flat, "index_select") else flat.take(index)
 
 
 def _beside(xp: Any, present_SChw: Array) -> Array:

@@ -137,7 +137,7 @@ def test_decoding_gives_a_finite_distribution_with_the_same_argmax(
     for decoded in (coder.decode(codes, rungs), from_float16(to_float16(values))):
         assert decoded.dtype == np.float32
         assert np.isfinite(decoded).all()
-        np.testing.assert_allclose(np.exp(decoded.astype(np.float64)).sum(1), 1, atol=2e-5)
+        np.testing.assert_allclose(np.exp(decoded.astype(np.float64)).sum(1), 1, atol=1e-4)
         np.testing.assert_array_equal(decoded.argmax(1), values.argmax(1))
 
 
@@ -162,11 +162,10 @@ def test_cells_of_padding_decode_to_something_finite(coder: CompandedDistributio
 
 @on_any_ladder
 def test_every_table_is_monotone(coder: CompandedDistribution) -> None:
-    thresholds, (logs, probabilities) = coder._thresholds, coder._tables
+    thresholds, logs = coder._thresholds, coder._logs
     assert (np.diff(thresholds) > 0).all()
     # A power is flat where a code would stand for more than certainty.
-    assert (np.diff(logs[:, :TOP], axis=1) >= 0).all()
-    assert (np.diff(probabilities[:, 1:TOP], axis=1) >= 0).all()
+    assert (np.diff(logs, axis=1) >= 0).all()
     for rung in range(coder.rungs):
         levels = int(coder.levels[rung // len(coder.floors)])
         assert (np.diff(logs[rung, : min(levels, 254)]) > 0).all()
@@ -178,7 +177,13 @@ def test_every_table_is_monotone(coder: CompandedDistribution) -> None:
 def test_a_ladder_ascends_and_fits_a_byte(classes: int, temperatures: tuple[float, ...], max_kl: float) -> None:
     coder = CompandedDistribution.for_bound(max_kl, classes, temperatures)
     assert (np.diff(coder.levels) > 0).all()
-    assert coder.rungs < EXACT
+    assert coder.rungs <= EXACT  # which is the number of none of them
+
+
+def test_a_ladder_ends_with_all_the_levels_that_a_byte_holds() -> None:
+    for classes in (2, 11, 1000):
+        for max_kl in (1e-6, 1e-3, 0.1):
+            assert CompandedDistribution.for_bound(max_kl, classes).levels[-1] == pytest.approx(254 * 2**0.5, rel=1e-3)
 
 
 def test_each_sample_is_coded_and_decoded_on_its_own_rung() -> None:

@@ -124,6 +124,15 @@ def test_each_sample_takes_the_coarsest_level_that_keeps_the_bound_over_its_cell
     assert len(set(coded.rungs.tolist())) > 1
 
 
+def test_a_map_as_rough_as_noise_is_coded_rather_than_kept_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn(3, 3, *MAPPING.shape, generator=generator) * 3).log_softmax(1)
+    for max_kl in (1e-3, 3e-4):
+        _, coded, _ = coded_soft(values, max_kl=max_kl)
+        assert (coded.rungs != EXACT).all()
+        assert (coded.errors <= max_kl).all()
+
+
 def test_a_sample_is_coded_alone_as_in_a_batch() -> None:
     values = torch.cat([log_probs(1, 2.0), log_probs(1, 20.0), log_probs(1, 0.3)])
     _, together, _ = coded_soft(values, max_kl=1e-5)

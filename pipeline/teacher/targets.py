@@ -131,7 +131,9 @@ class SoftTargets(Target):
         if not isinstance(coder, CompandedDistribution):
             return rungs
         step, floors = _levels_for(excess, coder).clamp_min(1), len(coder.floors)
-        level = (rungs // floors + step).clamp_max(len(coder.levels) - 1)
+        level, last = rungs // floors, len(coder.levels) - 1
+        # The last one may lie far beyond the one before, which is tried first.
+        level = torch.where(level < last - 1, (level + step).clamp_max(last - 1), last)
         return level * floors + rungs % floors
 
     def measure(self, spec: TargetSpec, values: Tensor, decoded: Tensor, output: Output) -> dict[str, Tensor]:
@@ -174,7 +176,7 @@ def _kl_cells(values: Tensor, decoded: Tensor, temperature: float) -> Tensor:
 
 def _levels_for(excess: Tensor, coder: CompandedDistribution) -> Tensor:
     """How many levels finer to go for an error that is ``excess`` times too large: it falls with the square of them."""
-    ratio = (coder.levels[-1] / coder.levels[0]) ** (1 / max(len(coder.levels) - 1, 1))
+    ratio = coder.levels[min(1, len(coder.levels) - 1)] / coder.levels[0]
     steps = excess.clamp_min(1e-9).log() / (2 * math.log(max(ratio, 1.001)))
     return steps.nan_to_num(posinf=1e3).ceil().clamp(-1e3, 1e3).long()
 
