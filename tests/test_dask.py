@@ -77,7 +77,7 @@ def test_a_worker_that_is_killed_costs_its_unit_only(run: Path) -> None:
     def kill() -> None:
         while not killed:
             for process in {*processes(run)} - {os.getpid()}:
-                # The driver asks the teacher, too; a worker at its second image has the first one in the cache.
+                # A worker at its second image has the first one in the cache.
                 if processes(run).count(process) >= 2:
                     os.kill(process, signal.SIGKILL)
                     killed.append(process)
@@ -94,8 +94,11 @@ def test_a_worker_that_is_killed_costs_its_unit_only(run: Path) -> None:
     assert files_of(Path(described.cache.path)) == files_of(Path(undisturbed.cache.path))
     log = log_of(described)
     assert sorted(int(str(line["unit"])) for line in log) == list(range(UNITS))
-    assert len({line["process"] for line in log}) >= 2
-    assert os.getpid() not in {line["process"] for line in log}
+    # What it had committed is not computed again. Whether it had answered for it, and whether the one that takes its
+    # place comes in time to do anything, is a matter of luck; another worker has done the rest.
+    assert len(processes(run)) in {UNITS, UNITS + 1}
+    assert {*processes(run)} > {*killed}
+    assert os.getpid() not in {*processes(run), *(line["process"] for line in log)}
 
 
 @contextmanager
