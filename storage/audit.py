@@ -20,7 +20,7 @@ from typing import Any
 
 from segkd.storage.damage import NOBODY, Affected, AuditReport, Damage, affected, objects_of
 from segkd.storage.errors import CacheDamagedError, CacheMismatchError, CacheNotFoundError
-from segkd.storage.generation import GENERATIONS, METADATA, Generation, read_spec
+from segkd.storage.generation import GENERATIONS, METADATA, Generation, read_spec, there_is_a_cache
 from segkd.storage.publish import CLOSED, COMMITS, SEAL, canonical, read_signed, record_name
 from segkd.storage.spec import CacheSpec
 
@@ -62,7 +62,7 @@ class _Audit:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        if not (root / METADATA).exists() and not (root / GENERATIONS).is_dir():
+        if not there_is_a_cache(root):
             raise CacheNotFoundError(f"there is no cache at {root}; write one with segkd teacher-cache")
         self.damage: dict[str, Damage] = {}
         self.known: set[str] = set()

@@ -97,6 +97,11 @@ class Generation:
         """The numbers of the units that are written."""
         return [unit for unit in self.units() if self.record_path(unit).exists()]
 
+    @property
+    def begun(self) -> bool:
+        """Whether it has anything to read: an interruption may have come before the last of its metadata files."""
+        return all((self.root / name).exists() for name in self.metadata_names()) or bool(self.committed())
+
     def metadata_names(self) -> list[str]:
         """Every metadata file that its seal covers, by its name within the cache, in order."""
         arrays = [*target_arrays(self.spec), SAMPLES, UNITS]
@@ -115,6 +120,11 @@ class Generation:
             return frozenset()
         packed = np.ascontiguousarray(zarr.open_array(folder, mode="r", zarr_format=3)[:])
         return frozenset(name.decode() for name in packed.view(f"S{packed.shape[1]}")[:, 0])
+
+
+def there_is_a_cache(root: Path) -> bool:
+    """Whether a cache was begun at ``root``: its specification, or what is left of one that has lost it."""
+    return any((root / name).exists() for name in (METADATA, *(f"{GENERATIONS}/0/{name}" for name in (METADATA, SEAL))))
 
 
 def generations_of(root: Path, spec: CacheSpec) -> list[Generation]:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from segkd.storage.errors import CacheNotFoundError, IncompleteCacheError, SegkdError
-from segkd.storage.generation import GENERATIONS, METADATA, Generation, read_spec
+from segkd.storage.generation import GENERATIONS, METADATA, Generation, read_spec, there_is_a_cache
 from segkd.storage.publish import SEAL, read_signed
 from segkd.storage.shards import damaged
 from segkd.storage.spec import CacheSpec
@@ -31,11 +31,11 @@ class Opened:
 def open_cache(root: Path, *, partial: bool) -> tuple[CacheSpec, list[Opened], bool]:
     """Specification, the generations that count and whether there are no others.
 
-    An unfinished generation counts only if ``partial``. Raises CacheNotFoundError, CacheMismatchError for another
+    An unfinished generation counts only if ``partial``, and if all of its metadata are written. Raises CacheNotFoundError, CacheMismatchError for another
     format, IncompleteCacheError where not even the first generation counts, and CacheDamagedError for a metadata file
     that is lost or not as its seal says.
     """
-    if not (root / METADATA).exists() and not (root / GENERATIONS).is_dir():
+    if not there_is_a_cache(root):
         raise CacheNotFoundError(f"there is no cache at {root}; write one with segkd teacher-cache")
     seals = _seals(root)
     for seal in seals:
@@ -58,6 +58,7 @@ def open_cache(root: Path, *, partial: bool) -> tuple[CacheSpec, list[Opened], b
         )
     unfinished = [number for number, opened in enumerate(found) if opened.seal is None]
     counting = found if partial or not unfinished else found[: unfinished[0]]
+    counting = [opened for opened in counting if opened.seal is not None or opened.generation.begun]
     return spec, counting, bool(found) and not unfinished
 
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,13 @@ import zarr
 
 from segkd.storage import publish
 from segkd.storage.coding import EXACT, CompandedDistribution, UniformSteps
-from segkd.storage.errors import CacheDamagedError, CacheError, CacheMismatchError, IncompleteCacheError
+from segkd.storage.errors import (
+    CacheDamagedError,
+    CacheError,
+    CacheMismatchError,
+    CacheNotFoundError,
+    IncompleteCacheError,
+)
 from segkd.storage.generation import Generation
 from segkd.storage.geometry import Mapping as GridMapping
 from segkd.storage.geometry import network_axis
@@ -407,3 +414,67 @@ def test_a_kill_at_any_change_of_a_closing_leaves_it_open_or_closed(tmp_path: Pa
         if not died:
             break
     assert moment > 5
+
+
+class Killed(Exception):
+    """In the middle of writing metadata."""
+
+
+def is_killed_after(files: int, begin: Callable[[], CacheWriter]) -> bool:
+    """Whether ``begin`` was to write more metadata files than so many; it has written no more."""
+    left = files
+
+    def dying(path: Path, content: bytes, scratch: Path) -> bool:
+        nonlocal left
+        # The scratch folder is there before any file is.
+        scratch.mkdir(parents=True, exist_ok=True)
+        left -= not path.exists()
+        if left < 0:
+            raise Killed
+        return publish.create_whole(path, content, scratch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("segkd.storage.writer.create_whole", dying)
+        try:
+            begin()
+        except Killed:
+            return True
+    return False
+
+
+def test_a_cache_of_which_only_part_of_the_metadata_is_written_has_not_begun(tmp_path: Path) -> None:
+    assert first(tmp_path / "whole.zarr").seal()
+    for files in count():
+        path = tmp_path / f"{files}.zarr"
+        if not is_killed_after(files, partial(CacheWriter, path, spec(), plan(FIRST))):
+            break
+        if files == 0:
+            with pytest.raises(CacheNotFoundError, match="there is no cache at"):
+                CacheReader(path, partial=True)
+        else:
+            reader = CacheReader(path, partial=True)
+            assert (reader.sealed, reader.count(), list(reader.entries()), reader.records()) == (False, 0, [], [])
+            with pytest.raises(IncompleteCacheError, match="is not finished: 0 of "):
+                CacheReader(path)
+        assert first(path).seal()
+        assert files_of(path) == files_of(tmp_path / "whole.zarr")
+    assert files > 8
+
+
+def test_a_generation_of_which_only_part_of_the_metadata_is_written_is_not_there(tmp_path: Path) -> None:
+    two(tmp_path / "whole.zarr")
+    for files in count():
+        path = tmp_path / f"{files}.zarr"
+        assert first(path).seal()
+        if not is_killed_after(files, partial(second, path)):
+            break
+        for some in (False, True):
+            reader = CacheReader(path, partial=some)
+            assert reader.sealed == (files == 0)
+            assert sorted(entry.id for entry in reader.entries()) == sorted(FIRST)
+            assert reader.count() == len(FIRST)
+        added = second(path)
+        fill(added)
+        assert added.seal()
+        assert files_of(path) == files_of(tmp_path / "whole.zarr")
+    assert files > 8
