@@ -187,8 +187,8 @@ class CompandedDistribution:
         """Log-probability of each code, a 0 standing with one other; more than certainty for TOP, ``(rungs, 256)``."""
         units = np.tile(np.arange(256.0), (self.rungs, 1))
         units[:, 0] = np.tile(self.floors, len(self.levels))
-        logs = np.log(units / np.repeat(self.levels, len(self.floors))[:, None]) / self.exponent
-        logs = np.clip(logs, -1e4, 0)
+        logs: npt.NDArray[np.float64] = np.log(units / np.repeat(self.levels, len(self.floors))[:, None])
+        logs = np.clip(logs / self.exponent, -1e4, 0)
         logs[:, TOP] = 1
         return logs.astype(np.float32)
 
