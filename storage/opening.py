@@ -31,9 +31,9 @@ class Opened:
 def open_cache(root: Path, *, partial: bool) -> tuple[CacheSpec, list[Opened], bool]:
     """Specification, the generations that count and whether there are no others.
 
-    An unfinished generation counts only if ``partial``, and if all of its metadata are written. Raises CacheNotFoundError, CacheMismatchError for another
-    format, IncompleteCacheError where not even the first generation counts, and CacheDamagedError for a metadata file
-    that is lost or not as its seal says.
+    An unfinished generation counts only if ``partial``, and if all of its metadata are written. Raises
+    CacheNotFoundError, CacheMismatchError for another format, IncompleteCacheError where not even the first generation
+    counts, and CacheDamagedError for a metadata file that is lost or not as its seal says.
     """
     if not there_is_a_cache(root):
         raise CacheNotFoundError(f"there is no cache at {root}; write one with segkd teacher-cache")

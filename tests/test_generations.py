@@ -416,10 +416,6 @@ def test_a_kill_at_any_change_of_a_closing_leaves_it_open_or_closed(tmp_path: Pa
     assert moment > 5
 
 
-class Killed(Exception):
-    """In the middle of writing metadata."""
-
-
 def is_killed_after(files: int, begin: Callable[[], CacheWriter]) -> bool:
     """Whether ``begin`` was to write more metadata files than so many; it has written no more."""
     left = files
