@@ -504,9 +504,7 @@ def test_a_teacher_whose_weights_are_gone(run: RunConfig, tmp_path: Path) -> Non
     teacher_cache(run)
     (tmp_path / "teacher.py").unlink()
     weights.write_bytes(b"others")
-    with pytest.raises(
-        CacheMismatchError, match=r"differs in arguments\.weights \(the content of weights\.pth\)"
-    ):
+    with pytest.raises(CacheMismatchError, match=r"differs in arguments\.weights \(the content of weights\.pth\)"):
         train(run, tmp_path / "out")
     weights.unlink()
     assert train(run, tmp_path / "out")["steps"] == 1
