@@ -118,7 +118,7 @@ class CompandedDistribution:
             return from_float16(codes_SChw)
         place, (samples, classes) = device(codes_SChw), codes_SChw.shape[:2]
         # Two tables a sample: a row for each number of codes that are not 0, in it what the 256 codes stand for.
-        rows = xp.take(xp.asarray(self._logs, device=place), xp.astype(rungs_S, xp.int64), axis=0)
+        rows = _looked_up(xp.asarray(self._logs, device=place), xp.astype(rungs_S, xp.int64))
         both = rows[None, :, None, :] + xp.asarray(_ADDED, device=place)
         logs, known = both[0, ...], xp.exp(both[1, ...])
         # Sums of bytes are much the cheapest, where they fit one.
@@ -128,18 +128,18 @@ class CompandedDistribution:
         counted = xp.astype(counted, xp.float32)
         zeros, row = classes - counted, xp.clip(counted, min=1, max=MOST_COUNTED)
         floors = row * xp.exp(rows[:, :1])[:, :, None, None]
-        offset = 256 * xp.astype(row, xp.int64) - 256
+        offset = 256 * xp.astype(row, xp.int32) - 256
         if samples > 1:
-            offset += 256 * MOST_COUNTED * xp.arange(samples, device=place)[:, None, None, None]
-        index = xp.astype(codes_SChw, xp.int64)
+            offset += 256 * MOST_COUNTED * xp.arange(samples, dtype=xp.int32, device=place)[:, None, None, None]
+        index = xp.astype(codes_SChw, xp.int32)
         index += offset
         index = xp.reshape(index, (-1,))
-        each = xp.reshape(_looked_up(known, index), codes_SChw.shape)
+        each = xp.reshape(_looked_up(xp.reshape(known, (-1,)), index), codes_SChw.shape)
         others = xp.sum(each, axis=1, keepdims=True) + floors * zeros
         largest = xp.maximum(xp.max(each, axis=1, keepdims=True), floors * (zeros > 0))
         kept = xp.maximum(1 - others, _AHEAD * largest)
         # The argmax's is the largest, and its code stands for more than that: the lesser of two is what a class has.
-        decoded = xp.minimum(xp.reshape(_looked_up(logs, index), codes_SChw.shape), xp.log(kept))
+        decoded = xp.minimum(xp.reshape(_looked_up(xp.reshape(logs, (-1,)), index), codes_SChw.shape), xp.log(kept))
         decoded -= xp.log(others + kept)
         return decoded
 
@@ -194,12 +194,11 @@ class CompandedDistribution:
 
 
 def _looked_up(table: Array, index: Array) -> Array:
-    """Elements of a table, by their numbers in it.
+    """Rows of a table, by their numbers in it.
 
     The array API's ``take`` first replaces negative indexes for torch, which takes twice as long as the rest.
     """
-    flat = table.reshape(-1)
-    return flat.index_select(0, index) if hasattr(flat, "index_select") else flat.take(index)
+    return table.index_select(0, index) if hasattr(table, "index_select") else table.take(index, axis=0)
 
 
 def _beside(xp: Any, present_SChw: Array) -> Array:
