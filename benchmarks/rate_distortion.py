@@ -186,7 +186,7 @@ METHODS: tuple[Keep, ...] = (
     probabilities_8bit,
     tinyvit(3),
     tinyvit(4),
-    # With the defaults that suit tens of thousands of classes; then, of 3-11 classes, 1 or 2 in float16, no polynomial
+    # Every class, as if there were many more; then, of 3-11 classes, 1 or 2 in float16, no polynomial
     # or one up to the degree 3, and 4-8 bits, what took the fewest bytes for a mean KL of 1e-3 on an image of CamVid's.
     distillkit(None, 2, 3, 4),
     distillkit(5, 2, None, 6),
