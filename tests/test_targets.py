@@ -105,6 +105,41 @@ def test_every_sample_keeps_the_bound_or_is_exact(
                 assert exact or cost <= max_kl * (1 + 1e-3) + 1e-7
 
 
+@pytest.mark.parametrize(
+    ("classes", "gap", "spread", "max_kl", "temperature"),
+    [
+        (150, 18, 1.0, 1e-5, 1.0),
+        (1000, 24, 0.1, 1e-5, 1.0),
+        (1000, 8, 0.1, 1e-4, 0.5),
+        (5000, 24, 0.1, 1e-4, 1.0),
+        (5000, 18, 0.1, 1e-3, 1.0),
+    ],
+)
+def test_many_improbable_classes_count(
+    classes: int, gap: float, spread: float, max_kl: float, temperature: float
+) -> None:
+    """float32 loses what many small probabilities add to one that is nearly 1."""
+    logits = torch.randn(1, classes, *MAPPING.shape, generator=torch.Generator().manual_seed(0)) * spread
+    logits[:, 0] += gap
+    values = logits.log_softmax(1)
+    _, coded, decoded = coded_soft(values, max_kl=max_kl, temperatures=(temperature,), targets=("soft",))
+    suffix = "" if temperature == 1 else f"_t{temperature:g}"
+    for place in ("cells", "pixels"):
+        cost = slow_kl(values, decoded, temperature, pixels=place == "pixels")
+        np.testing.assert_allclose(coded.measures[f"kl_{place}{suffix}"].numpy(), cost, rtol=1e-3)
+        assert cost <= max_kl
+
+
+@pytest.mark.parametrize("temperature", [8.0, 20.0])
+def test_an_impossible_class_is_impossible_at_every_temperature(temperature: float) -> None:
+    logits = torch.randn(1, 150, *MAPPING.shape, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, 5:] = -torch.inf
+    values = logits.log_softmax(1)
+    _, coded, decoded = coded_soft(values, temperatures=(temperature,))
+    cost = slow_kl(values.clamp_min(-1e30), decoded, temperature, pixels=False)
+    np.testing.assert_allclose(coded.measures[f"kl_cells_t{temperature:g}"].numpy(), cost, rtol=1e-3, atol=1e-9)
+
+
 def test_each_sample_takes_the_coarsest_level_that_keeps_the_bound_over_its_cells() -> None:
     # Smooth, so that its pixels cost less than its cells.
     coarse = torch.randn(1, 6, 2, 2, generator=torch.Generator().manual_seed(0)) * 3
@@ -234,8 +269,17 @@ def test_a_class_of_probability_zero_has_no_first_order_map_of_logits() -> None:
     ("fields", "message"),
     [
         ({"max_kl": 0.0}, "max_kl must be positive, got 0.0"),
-        ({"temperatures": ()}, r"temperatures must be positive, got \[\]"),
-        ({"temperatures": (1.0, 0.0)}, r"temperatures must be positive, got \[1.0, 0.0\]"),
+        ({"max_kl": float("inf")}, "max_kl must be positive, got inf"),
+        ({"max_kl": float("nan")}, "max_kl must be positive, got nan"),
+        ({"temperatures": ()}, r"temperatures must lie between 0.1 and 100, got \[\]"),
+        ({"temperatures": (1.0, 0.0)}, r"temperatures must lie between 0.1 and 100, got \[1.0, 0.0\]"),
+        ({"temperatures": (float("nan"),)}, r"temperatures must lie between 0.1 and 100, got \[nan\]"),
+        ({"temperatures": (1.0, 1.0000001)}, r"temperatures must differ, got \[1.0, 1.0000001\]"),
+        (
+            {"max_first_order_error": float("nan")},
+            "max_first_order_error must be at least 0.003, which takes all 255 steps, got nan",
+        ),
+        ({"tile": 100_000}, "tile must be at most 1024, got 100000: a window reads whole tiles"),
         (
             {"max_first_order_error": 1e-3},
             "max_first_order_error must be at least 0.003, which takes all 255 steps, got 0.001",

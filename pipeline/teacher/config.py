@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,10 @@ TargetName = Literal["soft", "first_order", "first_order_logits"]
 
 LEAST_FIRST_ORDER_ERROR = 0.003
 """What 8 bits hold of the first-order map of the softmax, whose values end at sqrt(2)."""
+TEMPERATURES = (0.1, 100.0)
+"""Temperatures that mean something: beyond them distributions are one class, or all classes alike."""
+LARGEST_TILE = 1024
+"""Cells that a tile's side may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +58,14 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if not self.roles or not self.targets:
             raise ConfigError("roles and targets must each name at least one")
-        if self.max_kl <= 0:
+        if not 0 < self.max_kl < math.inf:
             raise ConfigError(f"max_kl must be positive, got {self.max_kl}")
-        if not self.temperatures or any(t <= 0 for t in self.temperatures):
-            raise ConfigError(f"temperatures must be positive, got {list(self.temperatures)}")
-        if self.max_first_order_error < LEAST_FIRST_ORDER_ERROR:
+        if not self.temperatures or not all(TEMPERATURES[0] <= t <= TEMPERATURES[1] for t in self.temperatures):
+            low, high = TEMPERATURES
+            raise ConfigError(f"temperatures must lie between {low:g} and {high:g}, got {list(self.temperatures)}")
+        if len({f"{t:g}" for t in self.temperatures}) < len(self.temperatures):
+            raise ConfigError(f"temperatures must differ, got {list(self.temperatures)}")
+        if not LEAST_FIRST_ORDER_ERROR <= self.max_first_order_error < math.inf:
             raise ConfigError(
                 f"max_first_order_error must be at least {LEAST_FIRST_ORDER_ERROR}, which takes all 255 steps, "
                 f"got {self.max_first_order_error:g}"
@@ -71,3 +79,5 @@ class CacheConfig:
         for name in ("tile", "unit_samples", "batch", "decoders"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.tile > LARGEST_TILE:
+            raise ConfigError(f"tile must be at most {LARGEST_TILE}, got {self.tile}: a window reads whole tiles")
