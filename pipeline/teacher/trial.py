@@ -77,6 +77,7 @@ class Trial:
     table_bytes: int
     record_bytes: int
     """Of all commit records."""
+    seal_bytes: int
     units: int
     spread_of_units: float
     """Standard deviation of the units' payload a cell, relative to its mean."""
@@ -140,6 +141,7 @@ class Trials:
 
     def _measured(self, writer: CacheWriter, finished: Sequence[tuple[Unit, float]], began: float) -> Trial:
         records = CacheReader(writer.root, partial=True).records()
+        writer.close()
         arrays, index = target_arrays(writer.spec), shard_index_bytes(self.plan.spec.shard_tiles)
         payload: Counter[str] = Counter(dict.fromkeys(arrays, 0))
         table, merged, per_cell = 0, Statistics(), []
@@ -165,6 +167,7 @@ class Trials:
             payload=payload,
             table_bytes=table,
             record_bytes=sum(writer.generation.record_path(unit.number).stat().st_size for unit, _ in finished),
+            seal_bytes=writer.generation.seal_path.stat().st_size,
             units=len(records),
             spread_of_units=statistics.stdev(per_cell) / statistics.mean(per_cell) if len(per_cell) > 1 else 0.0,
             statistics=merged,

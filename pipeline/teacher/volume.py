@@ -42,8 +42,7 @@ def foretell(opened: Opened, plan: Plan, tried: Trial) -> Volume:
             tried.payload[array] / tried.cells * cells + present * shard_index_bytes(plan.spec.shard_tiles)
         )
     documents = [*root_documents(opened.spec).values(), *generation_documents(opened.spec, plan, 0, ()).values()]
-    # The seal is made like a record, and a further file.
-    records = tried.record_bytes / tried.units * (len(plan.units) + 1)
+    records = tried.record_bytes / tried.units * len(plan.units) + tried.seal_bytes
     tables = tried.table_bytes / tried.samples * len(plan.samples)
     left_out = 1 - tried.samples / len(plan.samples)
     total = sum(targets.values()) + tables + records + sum(map(len, documents))
