@@ -52,6 +52,10 @@ class CacheDamagedError(CacheError, OSError):
     """Bytes of a cache are missing or not those that were written."""
 
 
+class CacheChangedError(CacheError):
+    """The cache was written anew while it was open: what was read of it before does not belong to what is there now."""
+
+
 class IncompleteCacheError(CacheError):
     """The cache is not finished and partial use was not asked for."""
 

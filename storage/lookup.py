@@ -20,6 +20,7 @@ from segkd.storage.generation import METADATA, ONLY_CHUNK, REMOVED, SAMPLES, UNI
 from segkd.storage.publish import read_document
 from segkd.storage.shards import ShardReader
 from segkd.storage.table import Entry, directory_dtype, entry_of
+from segkd.storage.watch import SealWatch
 
 
 class Lookup:
@@ -30,6 +31,7 @@ class Lookup:
 
     def __init__(self, generation: Generation, seal: Mapping[str, Any] | None, shards: ShardReader) -> None:
         self.generation, self._shards = generation, shards
+        self.watch = None if seal is None else SealWatch(generation.seal_path, seal["sha256"])
         plan = generation.plan
         everything = range(plan.units)
         written = set(generation.committed()) if seal is None else set(everything).difference(seal["missing"])
@@ -97,7 +99,8 @@ class Lookup:
 
     def _rows(self, unit: int, *, keep: bool = True) -> npt.NDArray[Any]:
         path = f"{self.generation.array_folder(SAMPLES)}/c.{unit}.0"
-        rows = self._shards.table(path, self.generation.plan.unit_samples, self._row_dtype, keep=keep)
+        held = self.generation.plan.unit_samples
+        rows = self._shards.table(path, held, self._row_dtype, keep=keep, watch=self.watch)
         return rows[: self._samples[unit]]
 
     @cached_property

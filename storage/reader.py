@@ -41,7 +41,8 @@ class CacheReader:
 
     Raises CacheNotFoundError, CacheMismatchError for another format, CacheDamagedError where metadata are lost or
     damaged, and IncompleteCacheError for a cache that is not sealed, unless ``partial`` says that its finished units
-    will do.
+    will do. Everything that reads raises CacheChangedError once units of a finished generation are written anew, as
+    soon as it needs a file that it has not open: rows of one version are never used with tiles of another.
     """
 
     def __init__(self, path: str | Path, *, partial: bool = False) -> None:
@@ -52,8 +53,8 @@ class CacheReader:
         self._lookups = [Lookup(each.generation, each.seal, self._shards) for each in opened]
         self._seals = [each.seal for each in opened]
         self._arrays = [
-            {name: _tile_array(generation, name, exact) for name, (_, exact) in target_arrays(self.spec).items()}
-            for generation in self.generations
+            {name: _tile_array(lookup, name, exact) for name, (_, exact) in target_arrays(self.spec).items()}
+            for lookup in self._lookups
         ]
 
     @property
@@ -185,7 +186,8 @@ class _Part(NamedTuple):
     columns: slice
 
 
-def _tile_array(generation: Generation, name: str, exact: bool) -> TileArray:
+def _tile_array(lookup: Lookup, name: str, exact: bool) -> TileArray:
+    generation = lookup.generation
     spec = generation.spec.targets[target_arrays(generation.spec)[name][0]]
     codec = "zstd" if exact else spec.codec
     require(codec)
@@ -195,6 +197,7 @@ def _tile_array(generation: Generation, name: str, exact: bool) -> TileArray:
         shape=(spec.channels, generation.spec.tile, generation.spec.tile),
         dtype=np.dtype(np.float16) if exact else spec.coder.dtype,
         codec=codec,
+        watch=lookup.watch,
     )
 
 

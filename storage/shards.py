@@ -14,6 +14,7 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from segkd.storage.chunks import CHECKSUM, decode_chunk, unwrap
 from segkd.storage.errors import AFTER_DAMAGE, CacheDamagedError
 from segkd.storage.packing import EMPTY
+from segkd.storage.watch import SealWatch
 
 INDEX_BYTES = 1 << 26
 """Shard indexes that a reader keeps, in bytes: those of four million tiles."""
@@ -51,6 +53,8 @@ class TileArray:
     """Of a tile: channels,t,t."""
     dtype: np.dtype[Any]
     codec: str
+    watch: SealWatch | None = None
+    """Of the generation's seal, if it has one."""
 
     def shard(self, tile: int) -> str:
         """The file that a tile stands in."""
@@ -142,7 +146,8 @@ class ShardReader:
         """Number and codes channels,t,t of each tile, in the order of the files; the codes may be read-only.
 
         ``stops`` has, by number, the row from which on a tile's codes need not be right.
-        Raises CacheDamagedError for a shard or a tile that is lost or not as it was written.
+        Raises CacheDamagedError for a shard or a tile that is lost or not as it was written, CacheChangedError for a
+        shard of another version than that of the array's watch.
         """
         shards: dict[int, list[int]] = {}
         for number in sorted(stops):
@@ -154,16 +159,26 @@ class ShardReader:
             except (OSError, ValueError) as error:
                 raise damaged(path, error) from error
 
-    def table(self, path: str | Path, rows: int, dtype: np.dtype[Any], *, keep: bool = True) -> npt.NDArray[Any]:
+    def table(
+        self,
+        path: str | Path,
+        rows: int,
+        dtype: np.dtype[Any],
+        *,
+        keep: bool = True,
+        watch: SealWatch | None = None,
+    ) -> npt.NDArray[Any]:
         """The rows of a table that has this chunk in a file of its own; ``keep`` them for the next time.
 
-        Raises CacheDamagedError for a chunk that is lost or not as it was written.
+        Raises CacheDamagedError for a chunk that is lost or not as it was written, CacheChangedError for one of another
+        version than that of ``watch``.
         """
         path = str(path)
         table = self._tables.get(path)
         if table is None:
             try:
-                content = Path(path).read_bytes()
+                with _unchanged(watch):
+                    content = Path(path).read_bytes()
                 packed = decode_chunk(content, (rows, dtype.itemsize), np.dtype(np.uint8))
             except (OSError, ValueError) as error:
                 raise damaged(path, error) from error
@@ -177,7 +192,8 @@ class ShardReader:
     ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         file = self._files.get(path)
         if file is None:
-            file = _File(path)
+            with _unchanged(array.watch):
+                file = _File(path)
             self._files.put(path, file)
         index = self._index(path, file, array.shard_tiles)
         places = []
@@ -212,6 +228,10 @@ class ShardReader:
             index = _Index(content, file.version, file.size - length)
             self._indexes.put(path, index)
         return index
+
+
+def _unchanged(watch: SealWatch | None) -> AbstractContextManager[None]:
+    return nullcontext() if watch is None else watch.unchanged()
 
 
 def damaged(path: str | Path, error: Exception) -> CacheDamagedError:

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 
 from segkd.storage import shards
 from segkd.storage.coding import EXACT, CompandedDistribution, UniformSteps
-from segkd.storage.errors import CacheDamagedError, CacheMismatchError, GeometryError, SegkdError
+from segkd.storage.errors import CacheChangedError, CacheDamagedError, CacheMismatchError, GeometryError, SegkdError
 from segkd.storage.geometry import Mapping, network_axis
 from segkd.storage.layout import Plan, PlannedSample, plan_units, tile_shape
 from segkd.storage.lookup import Lookup
 from segkd.storage.reader import CacheReader, WindowRequest
+from segkd.storage.repair import ReplacingWriter
 from segkd.storage.spec import CacheSpec, TargetSpec
 from segkd.storage.statistics import Statistics
 from segkd.storage.table import CodedSample, Entry
@@ -354,3 +355,107 @@ def test_a_pickled_reader_has_nothing_open(cache: Path) -> None:
     again = pickle.loads(pickle.dumps(reader))
     assert not any(kept._values for kept in (again._shards._files, again._shards._indexes, again._shards._tables))
     np.testing.assert_array_equal(again.values(again.entry("train/03"), "soft"), first)
+
+
+def written_anew(path: Path, version: int, names: list[str] = FIRST, *, back: bool = True) -> None:
+    """What repair does to all units of generation 0 with a teacher that says something else; the others stay."""
+    writer = ReplacingWriter(path, spec(), plan(names))
+    for unit in writer.plan.units:
+        if back:
+            writer.write(unit, [coded(sample.id, version) for sample in writer.plan.of(unit)])
+        else:
+            writer.withdraw(unit)
+    assert writer.seal() == back
+
+
+CHANGED = (
+    r"0/commits/seal.json is no longer the seal that the cache was opened with: units are being written again, or have "
+    r"been; once segkd cache verify finds it whole, open it again \(segkd train goes on from its checkpoint\)$"
+)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    generation(tmp_path / "s.zarr", 0, FIRST, []).seal()
+    return tmp_path / "s.zarr"
+
+
+@pytest.mark.parametrize("back", [True, False])
+@pytest.mark.parametrize("pickled", [True, False])
+def test_rows_of_one_version_are_not_used_with_tiles_of_another(small: Path, pickled: bool, back: bool) -> None:
+    reader = CacheReader(small)
+    entry = reader.entry("train/01")
+    written_anew(small, 7, back=back)
+    reader = pickle.loads(pickle.dumps(reader)) if pickled else reader
+    for _ in range(2):
+        with pytest.raises(CacheChangedError, match=CHANGED):
+            reader.values(entry, "soft")
+        with pytest.raises(CacheChangedError, match=CHANGED):
+            reader.entry("auxiliary/00")
+        with pytest.raises(CacheChangedError, match=CHANGED):
+            list(reader.entries())
+    if back:
+        again = CacheReader(small)
+        np.testing.assert_array_equal(
+            again.window(again.entry("train/01"), "soft", *map(range, entry.mapping.shape)),
+            coded("train/01", 7).codes["soft"],
+        )
+
+
+def test_tiles_of_one_version_are_not_used_with_rows_of_another(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "TABLE_BYTES", 0)  # the rows of one unit are kept
+    reader = CacheReader(small)
+    entry = reader.entry("train/01")
+    expected = reader.values(entry, "soft")
+    reader.entry("report/02")
+    written_anew(small, 7)
+    np.testing.assert_array_equal(reader.values(entry, "soft"), expected)  # both are of the version before
+    with pytest.raises(CacheChangedError, match=CHANGED):
+        reader.entry("train/01")
+
+
+def test_shards_that_were_closed_are_not_opened_in_another_version(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "OPEN_FILES", 1)
+    reader = CacheReader(small)
+    first, second = reader.entry("train/00"), reader.entry("train/08")
+    for entry in (first, second):
+        reader.values(entry, "soft")
+    written_anew(small, 7)
+    reader.values(second, "soft")
+    with pytest.raises(CacheChangedError, match=CHANGED):
+        reader.values(first, "soft")
+
+
+def test_a_reader_goes_on_where_the_same_bytes_were_written_again_or_samples_were_added(small: Path) -> None:
+    reader = CacheReader(small)
+    seal = small / "generations/0/commits/seal.json"
+    before = seal.stat()
+    written_anew(small, 0)
+    generation(small, 1, SECOND, REMOVED).seal()
+    assert seal.stat().st_mtime_ns != before.st_mtime_ns
+    for name in FIRST:
+        entry = reader.entry(name)
+        codes = reader.window(entry, "soft", *map(range, entry.mapping.shape))
+        np.testing.assert_array_equal(codes, coded(name, 0).codes["soft"])
+
+
+def test_a_seal_is_read_once_and_looked_at_only_where_a_file_is_opened(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from segkd.storage import watch
+
+    reads: list[Path] = []
+    looks: list[Path] = []
+    whole, identity = watch.read_signed, watch._identity
+    monkeypatch.setattr(watch, "read_signed", lambda path: (reads.append(path), whole(path))[1])
+    monkeypatch.setattr(watch, "_identity", lambda path: (looks.append(path), identity(path))[1])
+    reader = CacheReader(small)
+    for entry in list(reader.entries()):
+        reader.values(reader.entry(entry.id), "soft")
+    assert len(reads) == 1
+    looked = len(looks)
+    for entry in [reader.entry(name) for name in FIRST]:
+        reader.values(entry, "soft")
+    assert len(looks) == looked
