@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from segkd.cli.main import main
 from segkd.pipeline.student.inputs import check_promise
 from segkd.pipeline.student.losses import LossConfig, uses
+from segkd.storage.coding import ExactDistribution
 from segkd.storage.errors import CacheMismatchError
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import CacheSpec
@@ -48,6 +49,12 @@ def test_another_temperature_is_refused(promised: CacheSpec) -> None:
     )
     # A term that is off reads nothing.
     check_promise(promised, LossConfig(zero_order=0.0, temperature=2.0), "cache.zarr")
+
+
+def test_exact_distributions_serve_every_temperature(promised: CacheSpec) -> None:
+    exact = replace(promised.targets["soft"], coder=ExactDistribution(), fallback=False)
+    spec = replace(promised, targets={**promised.targets, "soft": exact})
+    check_promise(spec, LossConfig(temperature=2.0), "cache.zarr")
 
 
 def test_the_command_refuses_and_the_override_is_recorded(done: Path, tmp_path: Path) -> None:

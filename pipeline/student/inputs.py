@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +22,13 @@ from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.losses import LossConfig, needed_targets, uses
 from segkd.pipeline.teacher.fingerprints import portable
+from segkd.storage.coding import ExactDistribution
 from segkd.storage.differences import difference, leaves
 from segkd.storage.errors import CacheMismatchError, ConfigError
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import CacheSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +77,9 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool) -> Inp
         )
     select = with_role(source, Role.SELECT) if train.validate_every else ()
     if train.validate_every and not select:
-        raise ConfigError(
-            "the data has no sample of role select to validate on; give some samples this role, "
-            "or set train.validate_every = 0"
+        logger.warning(
+            "the data has no sample of role select to validate on: no best.safetensors is written, "
+            "last.safetensors is what training gives"
         )
     cache = CacheReader(run.cache.path) if distill else None
     if cache is not None and run.teacher is not None:
@@ -93,11 +97,14 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool) -> Inp
 def check_promise(spec: CacheSpec, loss: LossConfig, where: str) -> None:
     """Raises CacheMismatchError where a term reads distributions at a temperature that the cache's bound leaves out.
 
-    A bound at one temperature says nothing about another: what is next to nothing at T = 1 counts at T = 4.
+    A bound at one temperature says nothing about another: what is next to nothing at T = 1 counts at T = 4. Where every
+    sample is kept exactly there is nothing to count at any.
     """
     for use in uses(loss):
         target = spec.targets.get(use.target)
         if target is None or use.temperature is None or "temperatures" not in target.parameters:
+            continue
+        if isinstance(target.coder, ExactDistribution):
             continue
         promised = target.parameters["temperatures"]
         assert isinstance(promised, list | tuple)
