@@ -450,8 +450,10 @@ def test_a_crop_whose_knowledge_is_damaged_keeps_its_labels_and_counts_in_no_cel
 
 def test_damage_is_not_skipped_unasked() -> None:
     source = make_source()
-    with pytest.raises(CacheDamagedError, match=r"^samples/c/0/0: lost$"):
+    with pytest.raises(CacheDamagedError, match=r"^sample \S+: samples/c/0/0: lost; or train .*: --on-damage skip$"):
         make_stream(source, DamagedReader(source))
     few = make_stream(make_source(train=1, auxiliary=1), DamagedReader(source), labelled=1, auxiliary=1)
-    with pytest.raises(CacheDamagedError, match=r"^soft/c/0: lost$"):
+    with pytest.raises(
+        CacheDamagedError, match=r"^sample \S+: soft/c/0: lost; or go on .*: --on-damage skip --resume$"
+    ):
         few[0]

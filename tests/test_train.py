@@ -460,14 +460,22 @@ def test_settings_that_do_not_fit(
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_to_validate_on(labels_only: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("validate_every", [0, 3])
+def test_nothing_to_validate_on(
+    labels_only: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, validate_every: int
+) -> None:
     folders = {Role.TRAIN: ("train",)}
     run = replace(labels_only, data=replace(labels_only.data, folders=folders))
-    with pytest.raises(ConfigError, match=r"no sample of role select .* set train.validate_every = 0"):
-        train(run, tmp_path, distill=False)
-    summary = train(change(run, validate_every=0), tmp_path, distill=False)
+    with caplog.at_level(logging.WARNING):
+        summary = train(change(run, validate_every=validate_every), tmp_path, distill=False)
     assert summary["best"] is None
+    assert (tmp_path / "last.safetensors").exists()
     assert not (tmp_path / "best.safetensors").exists()
+    told = [line.getMessage() for line in caplog.records]
+    assert told == validate_every // 3 * [
+        "the data has no sample of role select to validate on: no best.safetensors is written, "
+        "last.safetensors is what training gives"
+    ]
 
 
 def test_a_cache_that_does_not_fit(run: RunConfig, tmp_path: Path) -> None:
@@ -657,7 +665,9 @@ def test_damaged_samples_are_skipped_when_asked_and_told_of_once(
     run: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
 ) -> None:
     damaged, lost = damaged_copy(change(run, workers=workers), tmp_path)
-    with pytest.raises(CacheDamagedError):
+    with pytest.raises(
+        CacheDamagedError, match=r"^sample \S+: .*soft/c.* or go on without .*: --on-damage skip --resume$"
+    ):
         train(damaged, tmp_path / "out")
     skipping = change(damaged, on_damage="skip")
     with caplog.at_level(logging.WARNING):

@@ -165,7 +165,10 @@ class TrainStream(Dataset[Batch]):
             return self._knowledge(self._cache, sample, crop), None
         except CacheDamagedError as error:
             if self._config.on_damage == "fail":
-                raise
+                raise CacheDamagedError(
+                    f"sample {sample.id}: {error}; or go on without what the teacher knows of such samples: "
+                    "--on-damage skip --resume"
+                ) from error
             return _no_knowledge(self._cache, self._targets), str(error)
 
     def _knowledge(self, cache: CacheReader, sample: Sample, crop: Crop) -> _Knowledge:
@@ -253,9 +256,12 @@ def _check_cache(
     for sample in samples:
         try:
             role = cache.entry(sample.id).role
-        except CacheDamagedError:
+        except CacheDamagedError as error:
             if on_damage == "fail":
-                raise
+                raise CacheDamagedError(
+                    f"sample {sample.id}: {error}; or train without what the teacher knows of such samples: "
+                    "--on-damage skip"
+                ) from error
             continue
         if role in (Role.SELECT, Role.REPORT):
             raise ContaminationError(
