@@ -44,16 +44,21 @@ def decode_chunk(
     return DECODERS[codec](unwrap(content), shape, dtype, stop)
 
 
-def require(codec: str) -> None:
-    """Raises CacheMismatchError for a codec that this version lacks, ConfigError for one that lacks its compiler.
-
-    Compiled code is loaded here, so that workers that are forked later have it from the start.
-    """
+def require_known(codec: str) -> None:
+    """Raises CacheMismatchError for a codec that this version lacks."""
     if codec not in DECODERS:
         raise CacheMismatchError(
             f"the cache is packed with the codec {codec!r}; this version of segkd reads {sorted(DECODERS)}; "
             "install a newer one"
         )
+
+
+def require(codec: str) -> None:
+    """Raises CacheMismatchError for a codec that this version lacks, ConfigError for one that lacks its compiler.
+
+    Compiled code is loaded here, so that workers that are forked later have it from the start.
+    """
+    require_known(codec)
     if codec == "context":
         context.kernels()
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from segkd.storage.chunks import require
+from segkd.storage.chunks import require, require_known
 from segkd.storage.coding import EXACT, Array
 from segkd.storage.errors import CacheDamagedError, CacheMismatchError, GeometryError
 from segkd.storage.generation import Generation, target_arrays
@@ -113,6 +113,15 @@ class CacheReader:
             "write a cache of these samples with segkd teacher-cache"
         )
 
+    def prepare(self) -> None:
+        """Loads the compiled code that tiles are decoded with, so that workers that are forked later have it.
+
+        Without this call it is loaded with the first tile; what reads no tile does without. Raises ConfigError where
+        the compiler is not installed.
+        """
+        for target in self.spec.targets.values():
+            require(target.codec)
+
     def window(self, entry: Entry, target: str, rows: range, columns: range) -> npt.NDArray[Any]:
         """Codes ``(channels, len(rows), len(columns))`` of a rectangle of the sample's cells.
 
@@ -190,7 +199,7 @@ def _tile_array(lookup: Lookup, name: str, exact: bool) -> TileArray:
     generation = lookup.generation
     spec = generation.spec.targets[target_arrays(generation.spec)[name][0]]
     codec = "zstd" if exact else spec.codec
-    require(codec)
+    require_known(codec)
     return TileArray(
         folder=str(generation.array_folder(name)),
         shard_tiles=generation.plan.shard_tiles,

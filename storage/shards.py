@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from segkd.storage.chunks import CHECKSUM, decode_chunk, unwrap
+from segkd.storage.chunks import CHECKSUM, decode_chunk, require, unwrap
 from segkd.storage.errors import AFTER_DAMAGE, CacheDamagedError
 from segkd.storage.packing import EMPTY
 from segkd.storage.watch import SealWatch
@@ -147,8 +147,9 @@ class ShardReader:
 
         ``stops`` has, by number, the row from which on a tile's codes need not be right.
         Raises CacheDamagedError for a shard or a tile that is lost or not as it was written, CacheChangedError for a
-        shard of another version than that of the array's watch.
+        shard of another version than that of the array's watch, ConfigError where the codec lacks its compiler.
         """
+        require(array.codec)  # Here, because a compiler that is not installed is no damage.
         shards: dict[int, list[int]] = {}
         for number in sorted(stops):
             shards.setdefault(number // array.shard_tiles, []).append(number)

@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from numcodecs.zstd import Zstd
 from zarr.codecs import Crc32cCodec
 
+from segkd.pipeline.teacher.cache import summarise
 from segkd.storage import context, context_kernel
 from segkd.storage.chunks import require
 from segkd.storage.coding import Raw, UniformSteps
@@ -306,9 +307,16 @@ def test_a_dense_cache_is_not_damaged_where_numba_is_missing(tmp_path, monkeypat
     context.kernels.cache_clear()
     monkeypatch.setitem(sys.modules, "segkd.storage.context_kernel", None)
     monkeypatch.delattr("segkd.storage.context_kernel")
-    for attempt in (CacheReader, write_cache):
+    reader = CacheReader(tmp_path / "cache.zarr")
+    entry = reader.entry("1")
+    assert summarise(tmp_path / "cache.zarr").sealed
+    for attempt in (
+        reader.prepare,
+        lambda: reader.values(entry, "soft"),
+        lambda: write_cache(tmp_path / "new.zarr"),
+    ):
         with pytest.raises(ConfigError, match=r"pip install 'segkd\[dense\]'"):
-            attempt(tmp_path / ("cache.zarr" if attempt is CacheReader else "new.zarr"))
+            attempt()
     context.kernels.cache_clear()
 
 

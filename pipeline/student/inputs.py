@@ -84,6 +84,8 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool) -> Inp
     cache = CacheReader(run.cache.path) if distill else None
     if cache is not None and run.teacher is not None:
         _check_teacher(cache, run.teacher)
+    if cache is not None:
+        cache.prepare()
     if cache is not None and not loss.allow_unpromised:
         check_promise(cache.spec, loss, str(cache.path))
     config = StreamConfig(
