@@ -10,7 +10,7 @@ Shapes: values and codes S,C,h,w (S samples, or a batch); rungs S.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -71,12 +71,16 @@ def coder_to_dict(coder: Coder) -> dict[str, Any]:
 
 
 def coder_from_dict(table: dict[str, Any]) -> Coder:
-    """The coder that a cache's specification names. Raises CacheMismatchError for one that this version lacks."""
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    kind = fields.pop("kind", None)
-    if kind not in CODERS:
+    """The coder that a cache's specification names; keys that a newer minor version has added are left aside.
+
+    Raises CacheMismatchError for one that this version lacks.
+    """
+    kind = table.get("kind")
+    if kind not in [*CODERS]:  # a list, because whatever stands there need not have a hash
         raise CacheMismatchError(
             f"the cache is coded with {kind!r}; this version of segkd reads {sorted(CODERS)}; install a newer one"
         )
-    coder: Coder = CODERS[kind](**fields)
+    known = {field.name for field in fields(CODERS[kind])}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items() if key in known}
+    coder: Coder = CODERS[kind](**given)
     return coder

@@ -6,6 +6,7 @@ Two caches with equal specifications and equal inputs are equal. Nothing here te
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from segkd.storage.coding import Coder, coder_from_dict, coder_to_dict
 from segkd.storage.differences import differing
-from segkd.storage.errors import CacheMismatchError, ConfigError
+from segkd.storage.errors import AFTER_DAMAGE, CacheMismatchError, ConfigError
 
 FORMAT = "1.0"
 """Version of the layout on disk. Every 1.x reads every 1.y: a minor version only adds what others may ignore."""
@@ -137,7 +138,7 @@ class CacheSpec:
 
         Raises CacheMismatchError for a 0.x cache and for one of a newer major version; a newer minor version is read.
         """
-        _require_readable(str(table.get("format")), where)
+        _require_readable(table.get("format"), where)
         targets = [TargetSpec.from_dict(target) for target in table["targets"]]
         return cls(
             classes=tuple(table["classes"]),
@@ -187,7 +188,12 @@ def _stated(spec: CacheSpec, other: CacheSpec) -> dict[str, Any]:
     return document
 
 
-def _require_readable(found: str, where: str) -> None:
+def _require_readable(found: object, where: str) -> None:
+    if not isinstance(found, str) or re.fullmatch(r"[0-9]+\.[0-9]+", found) is None:
+        raise CacheMismatchError(
+            f"{where} says {found!r} where the format of a cache should stand, such as {FORMAT!r}: it is no cache of a "
+            f"format that segkd knows, or damaged; {AFTER_DAMAGE}"
+        )
     if found.startswith("0."):
         raise CacheMismatchError(
             f"{where} has cache format {found}, which was not promised to last; this version of segkd reads "

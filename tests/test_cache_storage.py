@@ -499,10 +499,11 @@ def test_there_is_no_cache(tmp_path: Path) -> None:
         CacheReader(tmp_path / "none.zarr")
 
 
-def with_format(path: Path, version: str) -> Path:
+def with_format(path: Path, version: object) -> Path:
     document = json.loads((path / "zarr.json").read_text())
     document["attributes"]["segkd"]["format"] = version
     document["attributes"]["segkd"]["targets"][0]["novelty"] = 1
+    document["attributes"]["segkd"]["targets"][0]["coder"]["novelty"] = [1]
     (path / "zarr.json").write_text(json.dumps(document))
     return path
 
@@ -515,6 +516,18 @@ def test_an_unpromised_format_and_a_newer_major_one_are_refused(tmp_path: Path) 
     ):
         with pytest.raises(CacheMismatchError, match=rf"c.zarr has cache format {version}, {message}"):
             read_spec(with_format(tmp_path / "c.zarr", version))
+
+
+@pytest.mark.parametrize("version", [None, 1, 1.0, "", "1", "1.", "v1.0", "-1.0", "1.0\n", [1]])
+def test_what_names_no_format_is_not_told_to_be_a_newer_one(tmp_path: Path, version: object) -> None:
+    write_cache(tmp_path / "c.zarr")
+    with pytest.raises(CacheMismatchError) as caught:
+        read_spec(with_format(tmp_path / "c.zarr", version))
+    assert str(caught.value) == (
+        f"{tmp_path / 'c.zarr'} says {version!r} where the format of a cache should stand, such as '1.0': it is no "
+        "cache of a format that segkd knows, or damaged; "
+        "segkd cache verify lists all damage, segkd cache repair writes it again"
+    )
 
 
 def test_a_newer_minor_format_is_read(tmp_path: Path) -> None:
