@@ -28,9 +28,11 @@ from segkd.storage.packing import EMPTY
 from segkd.storage.watch import SealWatch
 
 INDEX_BYTES = 1 << 26
-"""Shard indexes that a reader keeps, in bytes: those of four million tiles."""
+"""What a reader keeps of shard indexes, in bytes: those of four million tiles, or of 90,000 shards of one."""
 TABLE_BYTES = 3 << 26
-"""Decoded chunks of tables that a reader keeps, in bytes: a million rows of 200."""
+"""What a reader keeps of decoded chunks of tables, in bytes: a million rows of 200."""
+HELD = 640
+"""Bytes that an index or a chunk takes in memory beside its content and its path: the objects that hold them."""
 OPEN_FILES = 128
 """Files that a reader keeps open; a process is often allowed no more than 1024."""
 GAP = 1 << 13
@@ -100,7 +102,7 @@ class _File:
 class _Recent(Generic[Key, Value]):
     """The values used last, as many as fit."""
 
-    def __init__(self, room: int, cost: Callable[[Value], int]) -> None:
+    def __init__(self, room: int, cost: Callable[[Key, Value], int]) -> None:
         self._room, self._cost = room, cost
         self._values: OrderedDict[Key, Value] = OrderedDict()
         self._used = 0
@@ -118,10 +120,10 @@ class _Recent(Generic[Key, Value]):
         with self._guard():
             dropped.append(self._values.pop(key, None))
             self._values[key] = value
-            self._used += self._cost(value) - (0 if dropped[0] is None else self._cost(dropped[0]))
+            self._used += self._cost(key, value) - (0 if dropped[0] is None else self._cost(key, dropped[0]))
             while self._used > self._room and len(self._values) > 1:
-                _, oldest = self._values.popitem(last=False)
-                self._used -= self._cost(oldest)
+                name, oldest = self._values.popitem(last=False)
+                self._used -= self._cost(name, oldest)
                 dropped.append(oldest)
 
     def _guard(self) -> threading.Lock:
@@ -135,9 +137,13 @@ class ShardReader:
     """Reads tiles and tables of one cache. Its caches are bounded by the constants of this module."""
 
     def __init__(self) -> None:
-        self._files: _Recent[str, _File] = _Recent(OPEN_FILES, lambda _: 1)
-        self._indexes: _Recent[str, _Index] = _Recent(INDEX_BYTES, lambda index: len(index.content))
-        self._tables: _Recent[str, npt.NDArray[Any]] = _Recent(TABLE_BYTES, lambda table: table.nbytes)
+        self._files: _Recent[str, _File] = _Recent(OPEN_FILES, lambda *_: 1)
+        self._indexes: _Recent[str, _Index] = _Recent(
+            INDEX_BYTES, lambda path, index: HELD + len(path) + len(index.content)
+        )
+        self._tables: _Recent[str, npt.NDArray[Any]] = _Recent(
+            TABLE_BYTES, lambda path, table: HELD + len(path) + table.nbytes
+        )
 
     def __reduce__(self) -> tuple[type[ShardReader], tuple[()]]:
         return ShardReader, ()

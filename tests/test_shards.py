@@ -122,15 +122,29 @@ def test_neighbouring_tiles_are_one_read_and_indexes_are_kept(
 def test_what_is_kept_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     described, array = write(tmp_path / "a")
     monkeypatch.setattr(shards, "OPEN_FILES", 2)
-    monkeypatch.setattr(shards, "INDEX_BYTES", 2 * (16 * SHARD_TILES + 4))
-    monkeypatch.setattr(shards, "TABLE_BYTES", 100)
+    index = shards.HELD + len(described.shard(0)) + 16 * SHARD_TILES
+    monkeypatch.setattr(shards, "INDEX_BYTES", 2 * index + 1)
     reader, before = ShardReader(), open_files()
     expected = array[:]
     for tile in np.random.default_rng(0).permutation(present()).tolist():
         np.testing.assert_array_equal(read(reader, described, [tile])[tile], expected[tile])
         assert len(reader._files._values) <= 2
         assert len(reader._indexes._values) <= 2
+        assert reader._indexes._used == len(reader._indexes._values) * index
         assert open_files() <= before + 2
+
+
+def test_what_holds_a_small_table_is_counted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype, body = np.dtype([("number", "<i4")]), zstd(bytes(4))
+    for number in range(9):
+        content = body + google_crc32c.value(body).to_bytes(4, "little")
+        (tmp_path / f"c.{number}.0").write_bytes(content)
+    monkeypatch.setattr(shards, "TABLE_BYTES", 4 * 700 + 4 * len(str(tmp_path)))
+    reader = ShardReader()
+    for number in range(9):
+        reader.table(tmp_path / f"c.{number}.0", 1, dtype)
+    assert len(reader._tables._values) == 4
+    assert reader._tables._used == 4 * (shards.HELD + len(str(tmp_path / "c.0.0")) + 4)
 
 
 def open_files() -> int:
