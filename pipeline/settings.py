@@ -29,6 +29,13 @@ Key = tuple[str | int, ...]
 _NO_RUN_FILE = "no run file"
 
 
+def relative_to_here(path: str | Path) -> str:
+    """What to add to the message that a path of a run file is not found; nothing for one that is absolute."""
+    if Path(path).is_absolute():
+        return ""
+    return f"; paths in a run file are relative to the folder you run from, {Path.cwd()}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Override:
     """One ``--set key=value``."""

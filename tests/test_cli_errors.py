@@ -166,7 +166,9 @@ def test_a_role_without_samples(run: Path) -> None:
     run.write_text(run.read_text().replace('report = ["d"]', ""))
     result = segkd("evaluate", "-c", run, "--teacher")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.splitlines()[-1].startswith("Error: there is no sample to score; ")
+    assert result.stderr.splitlines()[-1] == (
+        "Error: role report (the default) has no sample; the data have train 2, auxiliary 2, select 2: --role select"
+    )
 
 
 # Data

@@ -218,6 +218,17 @@ def test_no_such_folder(tmp_path: Path) -> None:
     )
 
 
+def test_a_relative_root_is_looked_for_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(
+        folder(Path("absent")),
+        "absent/images: cannot be listed (No such file or directory); check the folders of [data]; "
+        f"paths in a run file are relative to the folder you run from, {tmp_path}",
+    )
+
+
 def test_empty_folders(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()

@@ -80,7 +80,7 @@ class TestBuiltIn:
             ),
             (
                 {"reference": "deeplab-mobilenetv1", "arguments": {"width": "x"}},
-                "building the network failed: TypeError",
+                r"building the network failed: TypeError: .* \(called with num_classes = 5\)$",
             ),
             ({"reference": "enet", "arguments": {"num_classes": 4}}, "enet has 4 classes, expected 5"),
             (
@@ -126,6 +126,17 @@ class TestPython:
             for classes, folder in enumerate(folders, 2)
         ]
         assert [network(torch.zeros(1, 3, 2, 2)).shape[1] for network in networks] == [2, 3]
+
+    def test_a_relative_file_is_looked_for_in_the_working_directory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(NetworkError) as raised:
+            load_network(NetworkConfig(reference="absent.py:build"), 2)
+        assert str(raised.value) == (
+            "absent.py:build: there is no file absent.py; check the network's reference; "
+            f"paths in a run file are relative to the folder you run from, {tmp_path}"
+        )
 
     def test_an_installed_module(self) -> None:
         images = torch.randn(1, 3, 5, 4)

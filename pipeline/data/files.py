@@ -18,6 +18,7 @@ import numpy.typing as npt
 from segkd.pipeline.data import images
 from segkd.pipeline.data.labels import LabelMap
 from segkd.pipeline.data.sample import Classes, Role, Sample
+from segkd.pipeline.settings import relative_to_here
 from segkd.storage.errors import DataError
 
 
@@ -70,6 +71,7 @@ def names_under(folder: Path, *, skip: Path | None = None) -> Iterator[str]:
         except OSError as error:
             raise DataError(
                 f"{folder / parent}: cannot be listed ({error.strerror}); check the folders of [data]"
+                f"{relative_to_here(folder)}"
             ) from None
 
 

@@ -5,6 +5,7 @@ Shapes: images H,W,3; log-probabilities 1,C,h,w on a native grid.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from segkd.pipeline.models.references import described, load_network
 from segkd.pipeline.progress import SILENT, Progress
 from segkd.pipeline.settings import parse
 from segkd.pipeline.student import checkpoint
+from segkd.storage.errors import DataError
 from segkd.storage.reader import CacheReader
 
 
@@ -124,5 +126,17 @@ def evaluate_cache(cache: CacheReader, source: DataSource, role: Role, *, progre
 
 def _scored(predict: Predict, source: DataSource, role: Role, progress: Progress) -> Scores:
     samples = with_role(source, role)
+    if not samples:
+        raise DataError(_none_to_score(source, role))
     with progress.task(f"scoring {role}", len(samples)) as task:
         return score(predict, source, samples, on_sample=lambda *_: task.advance())
+
+
+def _none_to_score(source: DataSource, role: Role) -> str:
+    """Why nothing can be scored, and what could be instead."""
+    counts = Counter(sample.role for sample in source.samples if sample.labelled)
+    have = ", ".join(f"{other} {counts[other]}" for other in Role if counts[other]) or "none with labels"
+    default = " (the default)" if role is Role.REPORT else ""
+    instead = [other for other in (Role.REPORT, Role.SELECT, Role.TRAIN, Role.AUXILIARY) if counts[other]]
+    remedy = f"--role {instead[0]}" if instead else "give the labels' place in [data]"
+    return f"role {role}{default} has no sample; the data have {have}: {remedy}"

@@ -29,7 +29,7 @@ from segkd.pipeline.models.foreign import ForeignNetwork, RecordedNetwork, check
 from segkd.pipeline.models.layers import Network
 from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.models.weights import warm_start
-from segkd.pipeline.settings import parse, to_dict
+from segkd.pipeline.settings import parse, relative_to_here, to_dict
 from segkd.storage.errors import NetworkError
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,9 @@ def _import(reference: str) -> ModuleType:
     origin = reference.rpartition(":")[0]
     is_file = origin.endswith(".py")
     if is_file and not Path(origin).is_file():
-        raise NetworkError(f"{reference}: there is no file {origin}; check the network's reference")
+        raise NetworkError(
+            f"{reference}: there is no file {origin}; check the network's reference{relative_to_here(origin)}"
+        )
     try:
         return _import_file(Path(origin)) if is_file else importlib.import_module(origin)
     except Exception as error:
@@ -245,7 +247,10 @@ def _construct(factory: Callable[..., Any], config: NetworkConfig, num_classes: 
     except NetworkError:
         raise
     except Exception as error:
-        raise NetworkError(f"{reference}: building the network failed: {type(error).__name__}: {error}") from error
+        called = f" (called with num_classes = {arguments['num_classes']})" if "num_classes" in arguments else ""
+        raise NetworkError(
+            f"{reference}: building the network failed: {type(error).__name__}: {error}{called}"
+        ) from error
     if not isinstance(network, nn.Module):
         raise NetworkError(
             f"{reference} returned an object of type {type(network).__name__}, expected a torch.nn.Module; "
