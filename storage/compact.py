@@ -48,7 +48,8 @@ class CompactSummary:
         done = f"{self.written:,} samples written" if self.written else "nothing to do"
         lines = [
             f"{self.path}: complete; {self.samples:,} samples of {self.generations:,} generations of {self.source} in "
-            f"one; {done}; {self.bytes / 1e6:,.2f} MB instead of {self.source_bytes / 1e6:,.2f} MB"
+            f"one; {done}; {self.bytes / 1e6:,.2f} MB in all files instead of "
+            f"{self.source_bytes / 1e6:,.2f} MB"
         ]
         if self.skipped or self.unnamed:
             more = f" and {self.unnamed:,} that cannot be named" if self.unnamed else ""

@@ -104,7 +104,7 @@ class AuditReport:
 
     def lines(self) -> list[str]:
         """For people."""
-        checked = f"{self.files:,} files, {self.bytes / 1e6:,.2f} MB"
+        checked = f"{self.files:,} files, {self.bytes / 1e6:,.2f} MB in all of them"
         state = "finished" if self.sealed else f"NOT finished: {self.pending:,} of {self.units:,} units are not written"
         if self.whole:
             lines = [f"{self.path}: whole; {state}; {checked}"]

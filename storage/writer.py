@@ -6,7 +6,7 @@ Shapes: codes channels,h,w of one sample.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,13 @@ class CacheWriter:
         """The units that are not committed, after finishing those that an interrupted run had decided."""
         expected = set(self.generation.units())
         return [unit for unit in self.plan.units if unit.number in expected and not self.publisher.recover(unit.number)]
+
+    def unrecorded(self, units: Iterable[Unit]) -> list[int]:
+        """Those whose table stands although they are not committed: their commit record was lost."""
+        # A worker under way has decided before its table stands, and recovering commits what is decided.
+        folder = self.generation.folder
+        found = [unit.number for unit in units if (folder / table_name(unit.number)).exists()]
+        return [number for number in found if not self.publisher.recover(number)]
 
     def write(self, unit: Unit, coded: Sequence[CodedSample]) -> int | None:
         """Commits a unit; its bytes, or None when another worker committed it first, or closed the generation."""

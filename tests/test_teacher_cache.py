@@ -91,7 +91,34 @@ def test_the_second_run_does_nothing(sized: RunConfig) -> None:
     before = files_of(Path(sized.cache.path))
     again = teacher_cache(sized)
     assert (again.written, again.sealed) == (0, True)
+    assert again.lines()[0] == (
+        f"{sized.cache.path}: complete (not verified: segkd cache verify checks every byte); "
+        "3 auxiliary, 3 report, 3 train; nothing to do"
+    )
     assert files_of(Path(sized.cache.path)) == before
+
+
+def test_a_unit_whose_record_is_lost_is_written_again_and_told_of(
+    sized: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher_cache(sized)
+    cache = Path(sized.cache.path)
+    before = files_of(cache)
+    (cache / "generations/0/commits/00000001.json").unlink()
+    caplog.clear()
+    assert teacher_cache(sized).written == 1
+    assert [line.getMessage() for line in caplog.records if line.levelname == "WARNING"] == [
+        f"{cache}/generations/0: unit 1 is written again: its commit record is lost"
+    ]
+    assert files_of(cache) == before
+
+
+def test_a_share_of_the_bytes_is_of_what_is_stored(sized: RunConfig) -> None:
+    summary = replace(teacher_cache(sized), bytes=1200, replaced=3)
+    assert summary.lines()[1].startswith(
+        "  0.00 MB of targets and tables, 100 bytes a sample, entries replaced since among them: 1/"
+    )
+    assert "100 bytes a sample: 1/" in replace(summary, bytes=900, replaced=0).lines()[1]
 
 
 def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(sized: RunConfig, run: Path) -> None:

@@ -68,20 +68,23 @@ class CacheSummary:
     def lines(self) -> list[str]:
         """For people."""
         samples = sum(self.roles.values())
-        per_sample = self.bytes / max(samples, 1)
+        per_sample = self.bytes / max(samples + self.replaced, 1)
+        of_what = "sample, entries replaced since among them" if self.replaced else "sample"
         roles = ", ".join(f"{count:,} {role}" for role, count in self.roles.items())
         state = "complete" if self.sealed else "NOT complete"
+        if self.sealed and self.written == 0:
+            state += " (not verified: segkd cache verify checks every byte)"
         done = f"; {self.written:,} samples in {self.seconds:.1f} s" if self.written else "; nothing to do"
         task = f"; {self.task}" if self.task else ""
         lines = [
             f"{self.path}: {state}{task}; {roles or 'no samples'}{'' if self.written is None else done}",
-            f"  {self.bytes / 1e6:,.2f} MB, {per_sample:,.0f} bytes a sample: 1/"
+            f"  {self.bytes / 1e6:,.2f} MB of targets and tables, {per_sample:,.0f} bytes a {of_what}: 1/"
             f"{self.float32_pixels_bytes / max(self.bytes, 1):,.0f} of float32 at pixel size, 1/"
             f"{self.float16_grid_bytes / max(self.bytes, 1):,.1f} of float16 on the teacher's grid",
         ]
         for target, report in self.report.items():
             measures = ", ".join(
-                f"{name} {values['mean']:.2e} (at most {values['maximum']:.2e})"
+                f"{name} {values['mean']:.2e} (largest {values['maximum']:.2e})"
                 for name, values in report["measures"].items()
             )
             over = f"; {report['over_bound']:,} samples OVER the bound" if report["over_bound"] else ""
@@ -119,6 +122,8 @@ def teacher_cache(
         return replace(summarise(opened.config.path, written=0), seconds=time.monotonic() - began)
     writer = work.writer(opened)
     pending = writer.pending()
+    for number in writer.unrecorded(pending):
+        logger.warning("%s: unit %d is written again: its commit record is lost", writer.generation.folder, number)
     mine = pending if share is None else share.of(pending)
     if share is not None:
         logger.info("%s (%s): %d of %d pending units", share, share.origin, len(mine), len(pending))
