@@ -263,7 +263,8 @@ class _Audit:
         if generation is None:
             return Affected((), samples)
         found = affected(generation, unit, objects)
-        return replace(found, ids=tuple(name for name in found.ids if name not in self._replaced(number)))
+        ids = tuple(name for name in found.ids if name not in self._replaced(number))
+        return replace(found, ids=ids, replaced=len(found.ids) - len(ids))
 
     def _replaced(self, number: int) -> set[str]:
         if number not in self._replaced_from:

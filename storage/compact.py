@@ -73,8 +73,9 @@ def compact(
     Every byte of the source is checked first. ``on_progress(done, total)`` hears of samples. One unit is in memory at
     a time, beside the list of samples, which planning needs.
 
-    Raises CacheDamagedError for a damaged source, unless its damaged samples may be left out; IncompleteCacheError for
-    an unfinished one; CacheExistsError and CacheMismatchError where something else stands at ``path``.
+    Raises CacheDamagedError for a source of which a sample is damaged, unless such samples may be left out;
+    IncompleteCacheError for an unfinished one; CacheExistsError and CacheMismatchError where something else stands at
+    ``path``.
     """
     if Path(source).resolve() == Path(path).resolve():
         raise CacheExistsError(f"{path} is the cache to be compacted; give the new one another path")
@@ -82,7 +83,7 @@ def compact(
     reader = CacheReader(source)
     if not reader.sealed:
         raise IncompleteCacheError(f"{source} is not finished; run segkd teacher-cache again to finish it")
-    if not report.whole and not skip_damaged:
+    if not (report.whole or report.idle or skip_damaged):
         raise CacheDamagedError(
             f"{source} is damaged in {len(report.damage):,} files; write them again with segkd cache repair, "
             "or leave the damaged samples out with --skip-damaged"

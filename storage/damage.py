@@ -34,6 +34,8 @@ class Affected:
     """Samples that cannot be named, because the table that does is damaged itself: a whole unit's."""
     first: str = ""
     """The id of the first of the unnamed ones, where the directory tells; the others follow it in order."""
+    replaced: int = 0
+    """Entries besides that a later generation has replaced or removed, which nobody reads."""
 
     def __str__(self) -> str:
         if not self.unnamed:
@@ -56,7 +58,14 @@ class Damage:
     """The unit that has to be written again; None for a file that can be made again from the others."""
     affected: Affected = NOBODY
 
+    @property
+    def idle(self) -> bool:
+        """Whether only entries are damaged that a later generation has replaced or removed."""
+        return bool(self.affected.replaced) and not (self.affected.ids or self.affected.unnamed)
+
     def __str__(self) -> str:
+        if self.idle:
+            return f"{self.file}: {self.wrong}; concerns no sample in use (only entries replaced or removed since)"
         samples = str(self.affected)
         return f"{self.file}: {self.wrong}" + (f"; samples: {samples}" if samples else "")
 
@@ -85,6 +94,11 @@ class AuditReport:
         return not self.damage
 
     @property
+    def idle(self) -> bool:
+        """Whether there is damage, and none that concerns a sample in use."""
+        return not self.whole and all(damage.idle for damage in self.damage)
+
+    @property
     def samples(self) -> tuple[str, ...]:
         """Ids of the damaged samples that can be named, sorted."""
         return tuple(sorted({name for damage in self.damage for name in damage.affected.ids}))
@@ -97,6 +111,7 @@ class AuditReport:
                 "affected": list(entry.affected.ids),
                 "unnamed": entry.affected.unnamed,
                 "first": entry.affected.first,
+                "replaced": entry.affected.replaced,
             }
             for entry in self.damage
         ]
@@ -112,6 +127,8 @@ class AuditReport:
             lines = [f"{self.path}: DAMAGED in {len(self.damage):,} files; {state}; {checked}"]
             lines += [f"  {damage}" for damage in self.damage]
             lines.append(f"  segkd cache repair {self.path} --config RUN.toml writes this again, and nothing else")
+            if self.idle:
+                lines.append(f"  no sample in use is lost; segkd cache compact {self.path} NEW drops what is damaged")
         if not self.sealed:
             lines.append("  metadata files are compared when segkd teacher-cache goes on; run it again")
         if self.strays:

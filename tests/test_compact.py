@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from segkd.cli.main import main
 from segkd.storage.audit import verify
-from segkd.storage.compact import compact
+from segkd.storage.coding import EXACT
+from segkd.storage.compact import compact, entries_of
 from segkd.storage.errors import (
     CacheDamagedError,
     CacheExistsError,
@@ -122,6 +123,30 @@ def test_a_unit_whose_table_is_damaged_is_left_out_whole(source: Path, tmp_path:
     summary = compact(source, tmp_path / "new.zarr", skip_damaged=True)
     assert (summary.skipped, summary.unnamed) == ((), len(ids))
     assert files_of(tmp_path / "new.zarr") == files_of(write_fresh(made, tmp_path / "fresh.zarr", ids))
+
+
+def test_damage_to_entries_that_nobody_reads_is_left_behind(source: Path, tmp_path: Path, made: ModuleType) -> None:
+    generation = CacheReader(source).generations[0]
+    entry = next(
+        entry
+        for unit in generation.units()
+        for entry in entries_of(generation, unit) or ()
+        if entry.id == made.REMOVED[0]
+    )
+    array = "soft_exact" if entry.rungs["soft"] == EXACT else "soft"
+    number, tile = divmod(entry.first_tile, generation.plan.shard_tiles)
+    name = f"generations/0/{array}/c.{number}.0.0.0"
+    content = bytearray((source / name).read_bytes())
+    index = len(content) - 16 * generation.plan.shard_tiles - 4
+    content[int.from_bytes(content[index + 16 * tile : index + 16 * tile + 8], "little")] ^= 1
+    (source / name).write_bytes(content)
+    report = verify(source)
+    assert (report.whole, report.idle, report.samples) == (False, True, ())
+    assert report.lines()[1].endswith("; concerns no sample in use (only entries replaced or removed since)")
+    assert report.lines()[-1] == (f"  no sample in use is lost; segkd cache compact {source} NEW drops what is damaged")
+    summary = compact(source, tmp_path / "new.zarr")
+    assert (summary.skipped, summary.unnamed) == ((), 0)
+    assert files_of(tmp_path / "new.zarr") == files_of(write_fresh(made, tmp_path / "fresh.zarr"))
 
 
 def test_what_else_is_refused(two: Path, source: Path, tmp_path: Path, made: ModuleType) -> None:

@@ -169,6 +169,7 @@ def test_a_unit_whose_images_have_changed_is_named_and_left_alone(grown: tuple[R
     )
     assert files_of(cache) == before
     assert "segkd cache compact" in summary.lines()[-1]
+    assert not summary.idle
     # What the last line says to do: the same samples as they are now, and compacted again a fresh cache of them.
     new, fresh = (replace(run, cache=replace(run.cache, path=f"{cache}-{name}.zarr")) for name in ("new", "fresh"))
     lost = compact(cache, new.cache.path, skip_damaged=True).skipped

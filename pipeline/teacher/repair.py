@@ -57,6 +57,8 @@ class RepairSummary:
     failures: tuple[str, ...]
     """What could not be repaired, and why."""
     whole: bool
+    idle: bool
+    """Whether what is still damaged concerns no sample in use."""
     sealed: bool
     seconds: float
 
@@ -74,7 +76,9 @@ class RepairSummary:
         if self.restored:
             lines.append(f"  made again from what is intact: {', '.join(self.restored)}")
         lines += [f"  not repaired: {failure}" for failure in self.failures]
-        if self.failures:
+        if self.idle:
+            lines.append(f"  no sample in use is lost; segkd cache compact {self.path} NEW drops what is damaged")
+        elif self.failures:
             lines.append(
                 f"  segkd cache compact {self.path} NEW --skip-damaged leaves these samples out; "
                 "segkd teacher-cache into NEW adds them as they are now"
@@ -108,6 +112,7 @@ def _summary(report: AuditReport, began: float, work: _Repair | None = None) -> 
         samples=0 if work is None else work.samples,
         failures=() if work is None else tuple(work.failures),
         whole=report.whole,
+        idle=report.idle,
         sealed=report.sealed,
         seconds=time.monotonic() - began,
     )
