@@ -10,6 +10,7 @@ Shapes: values and codes S,C,h,w (S samples, or a batch); rungs S.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, fields
 from typing import Any, ClassVar, Protocol
 
@@ -73,14 +74,23 @@ def coder_to_dict(coder: Coder) -> dict[str, Any]:
 def coder_from_dict(table: dict[str, Any]) -> Coder:
     """The coder that a cache's specification names; keys that a newer minor version has added are left aside.
 
-    Raises CacheMismatchError for one that this version lacks.
+    Raises CacheMismatchError for one that this version lacks, ValueError for parameters that no coder has.
     """
     kind = table.get("kind")
     if kind not in [*CODERS]:  # a list, because whatever stands there need not have a hash
         raise CacheMismatchError(
             f"the cache is coded with {kind!r}; this version of segkd reads {sorted(CODERS)}; install a newer one"
         )
-    known = {field.name for field in fields(CODERS[kind])}
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items() if key in known}
+    given: dict[str, Any] = {}
+    for field in fields(CODERS[kind]):
+        value: Any = table.get(field.name)
+        several = str(field.type).startswith("tuple")
+        if isinstance(value, list) is not several or not all(map(_is_parameter, value if several else [value])):
+            raise ValueError(f"{field.name} must be {'numbers' if several else 'a number'} above 0")
+        given[field.name] = tuple(value) if several else value
     coder: Coder = CODERS[kind](**given)
     return coder
+
+
+def _is_parameter(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

@@ -18,6 +18,7 @@ from zarr.abc.buffer import Buffer as AnyBuffer
 from zarr.storage import MemoryStore
 
 from segkd.storage.errors import CacheExistsError
+from segkd.storage.fields import Fields
 from segkd.storage.layout import Plan
 from segkd.storage.packing import zarr_codecs
 from segkd.storage.publish import CLOSED, COMMITS, SEAL, read_document, read_signed, record_name
@@ -46,9 +47,13 @@ class Generation:
 
     @classmethod
     def open(cls, root: Path, spec: CacheSpec, number: int) -> Generation:
-        """The generation as its metadata describes it. Raises FileNotFoundError where there is none."""
-        document = read_document(root / GENERATIONS / str(number) / METADATA)
-        return cls(root, spec, number, PlanSpec.from_dict(document["attributes"]["segkd"]["plan"]))
+        """The generation as its metadata describes it.
+
+        Raises FileNotFoundError where there is none, CacheDamagedError where they say what no generation's say.
+        """
+        path = root / GENERATIONS / str(number) / METADATA
+        plan = Fields(read_document(path), str(path)).within("attributes").within("segkd").within("plan")
+        return cls(root, spec, number, PlanSpec.from_fields(plan))
 
     @property
     def name(self) -> str:
@@ -137,8 +142,8 @@ def generations_of(root: Path, spec: CacheSpec) -> list[Generation]:
 
 def read_spec(root: Path) -> CacheSpec:
     """The specification in a cache's root metadata. Raises CacheMismatchError for another format."""
-    attributes = read_document(root / METADATA).get("attributes", {})
-    if "segkd" not in attributes:
+    attributes = read_document(root / METADATA).get("attributes")
+    if not isinstance(attributes, dict) or not isinstance(attributes.get("segkd"), dict):
         raise CacheExistsError(f"{root} is a Zarr group but not a segkd cache; choose another path")
     return CacheSpec.from_dict(attributes["segkd"], str(root))
 

@@ -10,15 +10,18 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from segkd.storage.errors import CacheDamagedError
+from segkd.storage.fields import MANY
 from segkd.storage.generation import METADATA, ONLY_CHUNK, REMOVED, SAMPLES, UNITS, Generation
 from segkd.storage.publish import read_document
-from segkd.storage.shards import ShardReader
+from segkd.storage.shards import ShardReader, damaged
+from segkd.storage.spec import SIDE
 from segkd.storage.table import Entry, directory_dtype, entry_of
 from segkd.storage.watch import SealWatch
 
@@ -90,7 +93,7 @@ class Lookup:
         folder = self.generation.array_folder(REMOVED)
         if not (folder / METADATA).exists():
             return np.empty(0, "S1")
-        count, width = read_document(folder / METADATA)["shape"]
+        count, width = _shape_of(folder / METADATA)
         rows = self._shards.table(folder / ONLY_CHUNK, count, np.dtype([("id", f"S{width}")]), keep=False)
         return np.ascontiguousarray(rows["id"])
 
@@ -111,6 +114,14 @@ class Lookup:
         generation = self.generation
         number = unit * generation.plan.unit_samples + place
         return entry_of(rows[place], generation.spec, generation=generation.number, unit=unit, number=number)
+
+
+def _shape_of(metadata: Path) -> tuple[int, int]:
+    shape = read_document(metadata).get("shape")
+    match shape:
+        case [int(rows), int(width)] if 0 < rows <= MANY and 0 < width <= SIDE:
+            return rows, width
+    raise damaged(metadata, ValueError(f"its shape is {shape!r:.40}, expected that of a table"))
 
 
 def _runs_of(roles: npt.NDArray[np.bytes_]) -> dict[str, range]:

@@ -15,12 +15,12 @@ import numpy.typing as npt
 from segkd.storage.chunks import require, require_known
 from segkd.storage.coding import EXACT, Array
 from segkd.storage.errors import CacheDamagedError, CacheMismatchError, GeometryError
-from segkd.storage.generation import Generation, target_arrays
+from segkd.storage.generation import METADATA, Generation, target_arrays
 from segkd.storage.layout import tile_shape
 from segkd.storage.lookup import Lookup
 from segkd.storage.opening import open_cache
 from segkd.storage.publish import read_signed
-from segkd.storage.shards import ShardReader, TileArray
+from segkd.storage.shards import ShardReader, TileArray, damaged
 from segkd.storage.statistics import Statistics
 from segkd.storage.table import Entry
 
@@ -139,6 +139,8 @@ class CacheReader:
             entry, target, rows, columns = request
             _require_inside(request)
             name = f"{target}_exact" if entry.rungs[target] == EXACT else target
+            if name not in self._arrays[entry.generation]:
+                raise damaged(self.path / METADATA, ValueError(f"{entry.id} needs the array {name}, which it lacks"))
             array = self._arrays[entry.generation][name]
             codes = np.empty((array.shape[0], len(rows), len(columns)), array.dtype)
             results.append(codes)

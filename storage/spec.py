@@ -16,9 +16,12 @@ import numpy as np
 from segkd.storage.coding import Coder, coder_from_dict, coder_to_dict
 from segkd.storage.differences import differing
 from segkd.storage.errors import AFTER_DAMAGE, CacheMismatchError, ConfigError
+from segkd.storage.fields import MANY, Fields
 
 FORMAT = "1.0"
 """Version of the layout on disk. Every 1.x reads every 1.y: a minor version only adds what others may ignore."""
+SIDE = 65_535
+"""No tile has more channels or cells on a side, no shard more tiles and no id more bytes."""
 UNSEEN = ("weights", "code")
 """The fingerprints of what no description tells."""
 TOLD = 5
@@ -62,16 +65,31 @@ class TargetSpec:
         }
 
     @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> TargetSpec:
-        """The inverse of :meth:`to_dict`; keys that a newer minor version has added are left aside."""
-        fields = _known(cls, table)
+    def from_fields(cls, fields: Fields) -> TargetSpec:
+        """The inverse of :meth:`to_dict`; keys that a newer minor version has added are left aside.
+
+        Raises CacheDamagedError for what no cache says.
+        """
+        coder = fields.table("coder")
+        try:
+            kept = coder_from_dict(coder)
+        except (ValueError, TypeError, OverflowError) as error:
+            if isinstance(error, CacheMismatchError):
+                raise
+            raise fields.wrong("coder", coder, f"a coder: {error}") from error
+        measures, bounded = fields.strings("measures"), fields.strings("bounded")
+        if not {*bounded} <= {*measures}:
+            raise fields.wrong("bounded", list(bounded), f"some of the measures {', '.join(measures)}")
         return cls(
-            **{
-                **fields,
-                "coder": coder_from_dict(dict(table["coder"])),
-                "measures": tuple(table["measures"]),
-                "bounded": tuple(table["bounded"]),
-            }
+            name=fields.name("name"),
+            channels=fields.whole("channels", 1, SIDE),
+            coder=kept,
+            bound=fields.number("bound"),
+            measures=measures,
+            bounded=bounded,
+            parameters=fields.table("parameters"),
+            fallback=fields.flag("fallback"),
+            codec=fields.text("codec"),
         )
 
 
@@ -98,9 +116,23 @@ class PlanSpec:
         return {**vars(self), "roles": dict(self.roles)}
 
     @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> PlanSpec:
-        """The inverse of :meth:`to_dict`; keys that a newer minor version has added are left aside."""
-        return cls(**_known(cls, table))
+    def from_fields(cls, fields: Fields) -> PlanSpec:
+        """The inverse of :meth:`to_dict`; keys that a newer minor version has added are left aside.
+
+        Raises CacheDamagedError for what no plan says: a unit has a shard at least, and 1 to ``unit_samples`` samples.
+        """
+        roles = fields.wholes("roles", 0, MANY)
+        shards = fields.whole("shards", 0, MANY)
+        samples, unit_samples = sum(roles.values()), fields.whole("unit_samples", 1, MANY)
+        return cls(
+            digest=fields.text("digest"),
+            roles=roles,
+            units=fields.whole("units", -(-samples // unit_samples), min(samples, shards)),
+            shards=shards,
+            unit_samples=unit_samples,
+            shard_tiles=fields.whole("shard_tiles", 1, SIDE),
+            name_bytes=fields.whole("name_bytes", 1, SIDE),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,16 +168,21 @@ class CacheSpec:
     def from_dict(cls, table: Mapping[str, Any], where: str) -> CacheSpec:
         """The inverse of :meth:`to_dict`; ``where`` names the cache in messages.
 
-        Raises CacheMismatchError for a 0.x cache and for one of a newer major version; a newer minor version is read.
+        Raises CacheMismatchError for a 0.x cache and for one of a newer major version, a newer minor version being
+        read, and CacheDamagedError for what no cache says.
         """
+        fields = Fields(table, f"{where}/zarr.json")
         _require_readable(table.get("format"), where)
-        targets = [TargetSpec.from_dict(target) for target in table["targets"]]
+        targets = [TargetSpec.from_fields(target) for target in fields.each("targets")]
+        names = [target.name for target in targets]
+        if not names or len({*names}) < len(names):
+            raise fields.wrong("targets", names, "one at least, each of another name")
         return cls(
-            classes=tuple(table["classes"]),
+            classes=fields.strings("classes"),
             targets={target.name: target for target in targets},
-            tile=table["tile"],
-            fingerprints=table["fingerprints"],
-            teacher=table["teacher"],
+            tile=fields.whole("tile", 1, SIDE),
+            fingerprints=fields.texts("fingerprints"),
+            teacher=fields.table("teacher"),
         )
 
 
@@ -204,7 +241,3 @@ def _require_readable(found: object, where: str) -> None:
             f"{where} has cache format {found}, this version of segkd reads {FORMAT}; "
             "install a newer one: pip install --upgrade segkd"
         )
-
-
-def _known(kind: type[Any], table: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in table.items() if name in kind.__dataclass_fields__}
