@@ -96,10 +96,48 @@ def test_every_bad_file_is_named(tmp_path: Path) -> None:
     assert of_files[1:] == [
         f"{size}: 3 x 4 pixels, but its image size.png has 24 x 24 (height x width); make them of one size",
         f"{value}: row 5, column 7: value 9 is no class, expected 0-1, 255; "
-        "map all values of these files in [data.label_values]",
+        "map all values of these files in [data.label_values]; such values in 1 label map: 9; "
+        'to paste below [data] and correct: label_values = { 0 = "road", 1 = "sky", 9 = "ignore", 255 = "ignore" }',
     ]
     assert report.sizes == {(24, 24): 4}
     assert sum(report.pixels["train"]) == 24 * 24
+
+
+def test_values_without_a_meaning_are_one_complaint_with_a_table_that_mends_it(tmp_path: Path) -> None:
+    for stem, row in (("a", [0, 11]), ("b", [9, 1]), ("c", [0, 1])):
+        put(tmp_path, f"train/{stem}", [row])
+    put(tmp_path, "val/d", [[0, 30]])
+    (message,) = messages(check(folder(tmp_path)), "error")
+    assert message.startswith(
+        f"{tmp_path}/labels/val/d.png: row 0, column 1: value 30 is no class, expected 0-1, 255; "
+    )
+    told, _, table = message.partition("; to paste below [data] and correct: ")
+    assert told.endswith("; such values in 3 label maps: 9, 11, 30")
+    mended = tomllib.loads(table)["label_values"]
+    assert mended == {"0": "road", "1": "sky", "9": "ignore", "11": "ignore", "30": "ignore", "255": "ignore"}
+    assert check(folder(tmp_path, label_values=mended)).ok
+    del mended["9"], mended["30"]
+    (message,) = messages(check(folder(tmp_path, label_values=mended)), "error")
+    assert message.endswith(
+        "such values in 2 label maps: 9, 30; to add to [data.label_values], each on a line of its own, and correct: "
+        '9 = "ignore", 30 = "ignore"'
+    )
+
+
+def test_colours_without_a_meaning_are_one_complaint(tmp_path: Path) -> None:
+    for stem, last in (("a", (1, 2, 3)), ("b", (0, 0, 9))):
+        put(tmp_path, f"train/{stem}", [[(0, 0, 0), last]])
+    colours = {"#000000": "road", "#ffffff": "sky"}
+    (message,) = messages(check(folder(tmp_path, label_colours=colours, folders={"train": ("train",)})), "error")
+    told, _, table = message.partition("; to add to [data.label_colours], each on a line of its own, and correct: ")
+    assert told.endswith("; such colours in 2 label maps: #000009, #010203")
+    assert table == '"#000009" = "ignore", "#010203" = "ignore"'
+
+
+def test_label_maps_of_noise_are_not_listed(tmp_path: Path) -> None:
+    put(tmp_path, "train/a", [range(2, 50)])
+    (message,) = messages(check(folder(tmp_path, folders={"train": ("train",)})), "error")
+    assert message.endswith(" 32, 33 and 16 more: are these label maps?")
 
 
 def test_what_leaves_nothing_is_a_complaint_too(tmp_path: Path) -> None:

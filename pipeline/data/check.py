@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segkd.pipeline.data.config import DataConfig
+from segkd.pipeline.data.labels import UnmappedError, describe
 from segkd.pipeline.data.readers import Complaint, find
 from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample
 from segkd.pipeline.progress import SILENT, Progress
@@ -102,6 +103,7 @@ def check(config: DataConfig, *, progress: Progress = SILENT) -> DataReport:
             complaints=(Complaint("error", str(error)),),
         )
     samples, source = found.source.samples, found.source
+    names = source.classes.names
     seen = _Seen(len(source.classes))
     with progress.task("Checking", len(samples)) as task:
         for sample, finding in zip(samples, _findings(source, samples), strict=True):
@@ -109,7 +111,7 @@ def check(config: DataConfig, *, progress: Progress = SILENT) -> DataReport:
             task.advance()
     present = [role for role in Role if any(sample.role is role for sample in samples)]
     return DataReport(
-        classes=source.classes.names,
+        classes=names,
         samples={role: sum(sample.role is role for sample in samples) for role in present},
         labelled={role: sum(sample.role is role and sample.labelled for sample in samples) for role in present},
         unused=found.unused,
@@ -118,7 +120,8 @@ def check(config: DataConfig, *, progress: Progress = SILENT) -> DataReport:
         complaints=(
             *found.complaints,
             *seen.complaints,
-            *_warnings(samples, source.classes.names, seen.pixels),
+            *_unmapped(config, seen.unmapped),
+            *_warnings(samples, names, seen.pixels),
         ),
     )
 
@@ -131,6 +134,8 @@ class _Finding:
     digest: bytes | None = None
     counts: npt.NDArray[np.int64] | None = None
     error: str | None = None
+    unmapped: frozenset[int] = frozenset()
+    """Codes of the label map that mean nothing; ``error`` is of the first of them."""
 
 
 class _Seen:
@@ -142,9 +147,13 @@ class _Seen:
         self.sizes: Counter[tuple[int, int]] = Counter()
         self.pixels: dict[Role, npt.NDArray[np.int64]] = {}
         self.complaints: list[Complaint] = []
+        self.unmapped: list[tuple[str, frozenset[int]]] = []
+        """Of each label map with codes that mean nothing: the error of the first, and all of them."""
 
     def add(self, sample: Sample, finding: _Finding) -> None:
-        if finding.error is not None:
+        if finding.error is not None and finding.unmapped:
+            self.unmapped.append((finding.error, finding.unmapped))
+        elif finding.error is not None:
             self.complaints.append(Complaint("error", finding.error))
         if finding.size is not None:
             self.sizes[finding.size] += 1
@@ -176,8 +185,18 @@ def _inspect(source: DataSource, sample: Sample) -> _Finding:
         size, digest = (height, width), source.image_digest(sample)
         counts = np.bincount(source.labels(sample).ravel(), minlength=IGNORE + 1) if sample.labelled else None
     except DataError as error:
-        return _Finding(size, digest, None, str(error))
+        unmapped = error.codes if isinstance(error, UnmappedError) else frozenset()
+        return _Finding(size, digest, None, str(error), unmapped)
     return _Finding(size, digest, counts)
+
+
+def _unmapped(config: DataConfig, found: list[tuple[str, frozenset[int]]]) -> Iterator[Complaint]:
+    """One complaint of all label maps with values that mean nothing: it is one mistake."""
+    if found:
+        classes, label_map = describe(config)
+        told = label_map.told(frozenset().union(*(codes for _, codes in found)), classes.names)
+        maps = f"{len(found):,} label maps" if len(found) > 1 else "1 label map"
+        yield Complaint("error", f"{found[0][0]}; such {label_map.kind} in {maps}: {told}")
 
 
 def _warnings(

@@ -6,7 +6,7 @@ Shapes: raw H,W (values) or H,W,3 (colours); labels H,W uint8 class indices, 255
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,24 @@ import numpy.typing as npt
 
 from segkd.pipeline.data.config import IGNORED, DataConfig
 from segkd.pipeline.data.sample import IGNORE, Classes
+from segkd.pipeline.settings import to_toml_value
 from segkd.storage.errors import ConfigError, DataError
 
 Colour = tuple[int, int, int]
 
 LARGEST_VALUE = 65535
+_MOST_TOLD = 32
+"""Values without a meaning that a message lists."""
+
+
+class UnmappedError(DataError):
+    """A label map has values or colours that mean nothing: ``codes``, as the keys of :attr:`LabelMap.indices`."""
+
+    codes: frozenset[int] = frozenset()
+
+
+_SHIFTS = np.array([1 << 16, 1 << 8, 1], np.int32)
+"""Of red, green and blue in a colour's code."""
 
 # The vocabulary and colours of SegNet's edition of CamVid, whose void is 11.
 _CAMVID: Mapping[str, Colour] = {
@@ -51,20 +64,40 @@ class LabelMap:
     """Whether a run file states the map; false for a reader's own."""
 
     def __call__(self, raw: npt.NDArray[np.integer[Any]], file: Path) -> npt.NDArray[np.uint8]:
-        """Class indices ``(H, W)`` of a raw label map. Raises DataError with the first pixel that is not mapped."""
+        """Class indices ``(H, W)`` of a raw label map. Raises UnmappedError with the first pixel that is not."""
         found_HW = self._by_value(raw) if self.kind == "values" else self._by_colour(raw)
         first = int(found_HW.argmin())
         if found_HW.flat[first] < 0:
             row, column = divmod(first, found_HW.shape[1])
-            raise DataError(self._unmapped(raw[row, column], f"{file}: row {row}, column {column}"))
+            error = UnmappedError(self._unmapped(raw[row, column], f"{file}: row {row}, column {column}"))
+            of_codes = raw if self.kind == "values" else raw.astype(np.int32) @ _SHIFTS
+            error.codes = frozenset(map(int, np.unique(of_codes[found_HW < 0])))
+            raise error
         return found_HW.astype(np.uint8)
+
+    def told(self, codes: Iterable[int], names: Sequence[str]) -> str:
+        """All ``codes`` that mean nothing, and what to paste into the run file for them to be ignored."""
+        ordered = sorted(codes)
+        keys = [_colour_key_of(code) if self.kind == "colours" else str(code) for code in ordered[:_MOST_TOLD]]
+        if len(ordered) > _MOST_TOLD:
+            return f"{', '.join(keys)} and {len(ordered) - _MOST_TOLD:,} more: are these label maps?"
+        if self.kind == "colours" or self.given:
+            quote, place = ('"', "label_colours") if self.kind == "colours" else ("", "label_values")
+            entries = ", ".join(f'{quote}{key}{quote} = "{IGNORED}"' for key in keys)
+            return f"{', '.join(keys)}; to add to [data.{place}], each on a line of its own, and correct: {entries}"
+        meaning = dict(sorted({**self.indices, **dict.fromkeys(ordered, IGNORE)}.items()))
+        table = ", ".join(
+            f"{value} = {to_toml_value(IGNORED if index == IGNORE else names[index])}"
+            for value, index in meaning.items()
+        )
+        return f"{', '.join(keys)}; to paste below [data] and correct: label_values = {{ {table} }}"
 
     def _by_value(self, raw_HW: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int16]:
         # The table's last entry stands for all that is beyond it, and index -1 leads there as well.
         return self._table[np.clip(raw_HW.astype(np.int32), -1, len(self._table) - 1)]
 
     def _by_colour(self, raw_HW3: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int16]:
-        codes_HW = raw_HW3.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+        codes_HW = raw_HW3.astype(np.int32) @ _SHIFTS
         colours, indices = self._sorted
         place_HW = np.searchsorted(colours, codes_HW).clip(max=len(colours) - 1)
         return np.where(colours[place_HW] == codes_HW, indices[place_HW], np.int16(-1))
@@ -128,6 +161,10 @@ def _palette(classes: int, colours: Mapping[int, int]) -> tuple[Colour, ...]:
 def colour_key(colour: Iterable[int]) -> str:
     """An RGB colour as the keys of ``label_colours`` write it: ``#rrggbb``."""
     return "#" + bytes(int(channel) for channel in colour).hex()
+
+
+def _colour_key_of(code: int) -> str:
+    return colour_key((code >> 16, code >> 8 & 255, code & 255))
 
 
 def _voc_colour(index: int) -> Colour:
