@@ -28,7 +28,7 @@ from segkd.pipeline.teacher.budget import BOUNDS, resolve_budget
 from segkd.pipeline.teacher.cache import teacher_cache
 from segkd.pipeline.teacher.opened import open_run
 from segkd.pipeline.teacher.trial import spread
-from segkd.storage.errors import ConfigError
+from segkd.storage.errors import CacheMismatchError, ConfigError
 from segkd.storage.geometry import Mapping, network_axis
 from segkd.storage.layout import PlannedSample
 from segkd.storage.reader import CacheReader
@@ -280,6 +280,16 @@ def test_a_budget_needs_a_target_whose_bound_it_finds(sized: RunConfig) -> None:
         resolve_budget(replace(sized, cache=replace(sized.cache, budget="1GB", targets=("first_order",))))
     with pytest.raises(ConfigError, match=r'^cache.budget has no bound to find where profile = "exact"; take another'):
         resolve_budget(replace(sized, cache=replace(sized.cache, budget="1GB", profile="exact")))
+
+
+def test_a_budget_for_a_cache_that_stands_without_that_target_is_refused(sized: RunConfig) -> None:
+    teacher_cache(replace(sized, cache=replace(sized.cache, targets=("first_order",))))
+    with pytest.raises(CacheMismatchError) as caught:
+        resolve_budget(with_budget(replace(sized, cache=replace(sized.cache, targets=("soft",))), "1TB"))
+    assert str(caught.value) == (
+        f'{sized.cache.path} keeps first_order and no target "soft", whose bound a budget finds; '
+        "give this run another cache.path, or remove the old cache"
+    )
 
 
 def test_the_bounds_are_a_fine_grid() -> None:

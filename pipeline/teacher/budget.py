@@ -14,7 +14,7 @@ from segkd.pipeline.sizes import format_bytes, parse_bytes
 from segkd.pipeline.teacher.opened import Opened, open_run
 from segkd.pipeline.teacher.trial import TRIED, Trials
 from segkd.pipeline.teacher.volume import foretell
-from segkd.storage.errors import CacheError, ConfigError
+from segkd.storage.errors import CacheError, CacheMismatchError, ConfigError
 from segkd.storage.generation import METADATA, read_spec
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ def resolve_budget(run: RunConfig, opened: Opened | None = None) -> RunConfig:
     """The run with the bound that its budget leads to, and no budget; a run without one is returned as it is.
 
     The bound is a pure function of the run, so every task finds the same one; a cache that stands already has decided
-    it. ``opened``: this run, where it is open already. Raises ConfigError for a budget that no bound fits.
+    it. ``opened``: this run, where it is open already. Raises ConfigError for a budget that no bound fits,
+    CacheMismatchError for a cache that stands without a target whose bound it finds.
     """
     config = run.cache
     if not config.budget:
@@ -41,7 +42,13 @@ def resolve_budget(run: RunConfig, opened: Opened | None = None) -> RunConfig:
             'cache.budget has no bound to find where profile = "exact"; take another profile, or no budget'
         )
     if (Path(config.path) / METADATA).exists():
-        bound = read_spec(Path(config.path)).targets["soft"].bound
+        standing = read_spec(Path(config.path)).targets
+        if "soft" not in standing:
+            raise CacheMismatchError(
+                f'{config.path} keeps {", ".join(standing)} and no target "soft", whose bound a budget finds; '
+                "give this run another cache.path, or remove the old cache"
+            )
+        bound = standing["soft"].bound
         logger.info("%s stands with max_kl %.3g, which the budget leaves as it is", config.path, bound)
     else:
         bound = _tightest(run, Trials(opened or open_run(run), TRIED, remember=True))
