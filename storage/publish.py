@@ -15,14 +15,18 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from segkd.storage.errors import AFTER_DAMAGE, CacheDamagedError, CacheError
+
+logger = logging.getLogger("segkd")
 
 COMMITS = "commits"
 """The folder of the commit records, in that of their generation."""
@@ -144,9 +148,11 @@ def create_whole(path: Path, content: bytes, scratch: Path) -> bool:
 class UnitPublisher:
     """Publishes units of one generation, whose folder is ``folder``, into the cache ``root``."""
 
-    def __init__(self, root: Path, folder: Path) -> None:
+    def __init__(self, root: Path, folder: Path, names: Callable[[int], Collection[str]] | None = None) -> None:
+        """``names``: the objects that a unit may have, where the plan is known; a decision may name no others."""
         self.root = root
         self.folder = folder
+        self.names = names
         self.attempts = folder / ATTEMPTS
 
     def committed(self, unit: int) -> bool:
@@ -204,7 +210,7 @@ class UnitPublisher:
             },
         }
         decision = {"attempt": attempt.name, "order": list(objects), "absent": list(absent), "record": record}
-        won = create_whole(self._winner(unit), canonical(decision), self.attempts)
+        won = create_whole(self._winner(unit), canonical(signed(decision)), self.attempts)
         if self.committed(unit):
             # Somebody committed, and removed the winner file, between the first look and this decision.
             if won:
@@ -244,11 +250,49 @@ class UnitPublisher:
         return self.attempts / f"{unit:08d}.winner.json"
 
     def _decision(self, unit: int) -> dict[str, Any] | None:
-        """What the unit's winner file says; None without one."""
+        """What the unit's winner file says; None without one.
+
+        It is created whole, so one that is not as it was written is damage and decides nothing: it is removed.
+        """
         try:
-            return read_document(self._winner(unit))
+            decision = read_signed(self._winner(unit))
+            if self._is_of(unit, decision):
+                return decision
         except FileNotFoundError:
             return None
+        except CacheDamagedError:
+            pass
+        logger.warning("%s is damaged and is left aside; unit %d is pending", self._winner(unit), unit)
+        remove_synced(self._winner(unit))
+        return None
+
+    def _is_of(self, unit: int, decision: Mapping[str, Any]) -> bool:
+        """Whether a decision names an attempt at the unit and objects of it alone: its names become paths."""
+        try:
+            attempt, record, order = decision["attempt"], decision["record"], decision["order"]
+            sizes = [record["objects"][name]["bytes"] for name in order]
+            return (
+                re.fullmatch(rf"{unit:08d}-[0-9a-f]{{32}}", attempt) is not None
+                and not (self.attempts / attempt).is_symlink()
+                and record["unit"] == unit
+                and set(order) == set(record["objects"])
+                and all(isinstance(size, int) for size in sizes)
+                and all(self._may_have(unit, name) for name in (*order, *decision["absent"]))
+            )
+        except (KeyError, TypeError, AttributeError):
+            return False
+
+    def _may_have(self, unit: int, name: str) -> bool:
+        if self.names is not None and name not in self.names(unit):
+            return False
+        array, _, chunk = name.partition("/")
+        return (
+            re.fullmatch(r"[\w-]+", array) is not None
+            and array not in (COMMITS, "units", "removed")
+            and re.fullmatch(r"c(\.[0-9]+)+", chunk) is not None
+            and (array != "samples" or chunk == f"c.{unit}.0")
+            and not (self.folder / array).is_symlink()
+        )
 
     def _promote(self, unit: int) -> None:
         decision = self._decision(unit)

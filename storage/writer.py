@@ -55,7 +55,10 @@ class CacheWriter:
         self.spec = spec
         self.plan = plan
         self.generation = Generation(self.root, spec, generation, plan.spec)
-        self.publisher = UnitPublisher(self.root, self.generation.folder)
+        units = {unit.number: unit for unit in plan.units}
+        self.publisher = UnitPublisher(
+            self.root, self.generation.folder, lambda number: self._object_names(units[number])
+        )
         if not plan.units and not generation:
             raise CacheError("there is no sample to cache; check the roles and the lists of the data")
         self._documents = generation_documents(spec, plan, generation, removed)

@@ -385,6 +385,54 @@ def test_a_decided_unit_is_finished_by_the_next_run(tmp_path: Path, monkeypatch:
     assert files_of(tmp_path / "c.zarr") == files_of(tmp_path / "whole.zarr")
 
 
+FORGED: dict[str, Callable[[dict[str, Any], Path], object]] = {
+    "cut off": lambda decision, outside: None,  # noqa: ARG005
+    "empty": lambda decision, outside: decision.clear(),  # noqa: ARG005
+    "absolute attempt": lambda decision, outside: decision.update(attempt=str(outside)),
+    "attempt above": lambda decision, outside: decision.update(attempt=f"../../../../../{outside.name}"),
+    "attempt of another unit": lambda decision, outside: decision.update(  # noqa: ARG005
+        attempt="00000001" + decision["attempt"][8:]
+    ),
+    "absolute absent": lambda decision, outside: decision.update(absent=[str(outside / "0")]),
+    "absent above": lambda decision, outside: decision.update(absent=[f"../../../{outside.name}/0"]),
+    "absent of another unit": lambda decision, outside: decision.update(absent=["samples/c.1.0"]),  # noqa: ARG005
+    "absent directory": lambda decision, outside: decision.update(absent=["units/c.0.0"]),  # noqa: ARG005
+    "order": lambda decision, outside: decision["order"].append(str(outside / "1")),
+    "record of another unit": lambda decision, outside: decision["record"].update(unit=1),  # noqa: ARG005
+}
+
+
+@pytest.mark.parametrize("forge", FORGED)
+def test_a_forged_or_damaged_decision_touches_nothing_and_is_left_aside(
+    forge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in "01":
+        (outside / name).write_text("mine")
+    plan, path = small_plan(), tmp_path / "c.zarr"
+    with monkeypatch.context() as patch:
+        patch.setattr(publish.UnitPublisher, "_promote", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write_units(CacheWriter(path, spec_for(), plan), [0])
+    winner = path / GENERATION / "commits/attempts/00000000.winner.json"
+    decision = json.loads(winner.read_bytes())
+    decision.pop("sha256", None)
+    FORGED[forge](decision, outside)
+    content = publish.canonical(publish.signed(decision))
+    winner.write_bytes(content[:40] if forge == "cut off" else content)
+    writer = CacheWriter(path, spec_for(), plan)
+    pending = [unit.number for unit in writer.pending()]
+    assert 0 in pending
+    assert not winner.exists()
+    assert f"{winner} is damaged and is left aside; unit 0 is pending" in caplog.text
+    assert files_of(outside) == {"0": b"mine", "1": b"mine"}
+    write_units(writer, pending)
+    assert writer.seal()
+    write_cache(tmp_path / "whole.zarr")
+    assert files_of(path) == files_of(tmp_path / "whole.zarr")
+
+
 def test_a_disk_that_is_full_at_any_change_holds_nothing_up_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
