@@ -33,4 +33,4 @@ def cache_repair(run: RunConfig, cache: str | None, as_json: bool) -> None:
     with resumable("What is repaired is kept; the same command goes on with the rest."):
         summary = repair(run, workers=os.cpu_count() or 1, progress=progress())
     show(summary.to_dict(), "\n".join(summary.lines()), as_json=as_json)
-    click.get_current_context().exit(0 if summary.whole and summary.sealed else 1)
+    click.get_current_context().exit(0 if summary.whole and summary.sealed and not summary.failures else 1)

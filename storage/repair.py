@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from segkd.storage.compact import entries_of, planned
-from segkd.storage.damage import directory_of_units, objects_of, rows_of
+from segkd.storage.damage import NOBODY, affected, directory_of_units, objects_of, rows_of
 from segkd.storage.errors import CacheDamagedError
 from segkd.storage.generation import GENERATIONS, METADATA, SAMPLES, Generation, root_documents, table_name
 from segkd.storage.geometry import Axis
@@ -87,32 +87,44 @@ def restore_closed(generation: Generation, seal: Mapping[str, Any]) -> None:
     replace_whole(generation.folder / CLOSED, content, generation.folder / ATTEMPTS)
 
 
-def restore_record(generation: Generation, unit: int) -> bool:
-    """Makes a unit's commit record again from its objects, if every checksum in them is right; says whether it did."""
-    rows = rows_of(generation, unit)
-    if rows is None:
-        return False
+def rebuilt_record(generation: Generation, unit: int) -> bytes | None:
+    """A unit's commit record, made again from its objects; None unless every checksum in them is right."""
+    rows, names = rows_of(generation, unit), objects_of(generation, unit)
+    if rows is None or affected(generation, unit, names) != NOBODY:
+        return None
     objects = {}
-    for name in objects_of(generation, unit):
+    for name in names:
         try:
             content = (generation.folder / name).read_bytes()
         except OSError:
-            return False
+            return None
         objects[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    record = {**unit_content(rows, generation.spec), "unit": unit, "objects": objects}
-    replace_whole(generation.folder / record_name(unit), canonical(signed(record)), generation.folder / ATTEMPTS)
-    return True
+    return canonical(signed({**unit_content(rows, generation.spec), "unit": unit, "objects": objects}))
 
 
-def fits_seal(generation: Generation) -> bool:
-    """Whether all commit records together are what the seal says, unless damage to it or to a record leaves it open."""
+def restore_records(generation: Generation, units: Iterable[int]) -> set[int]:
+    """Writes units' commit records again from their objects; returns the units that have theirs again.
+
+    Nothing is written unless, where a seal stands, all records are then those that it was made of.
+    """
+    records = {unit: content for unit in units if (content := rebuilt_record(generation, unit)) is not None}
+    if not _fit_seal(generation, records):
+        return set()
+    for unit, content in records.items():
+        replace_whole(generation.folder / record_name(unit), content, generation.folder / ATTEMPTS)
+    return set(records)
+
+
+def _fit_seal(generation: Generation, records: Mapping[int, bytes]) -> bool:
+    if not generation.seal_path.exists():
+        return True
     seal, digest = intact_seal(generation), hashlib.sha256()
-    for unit in generation.units():
-        try:
-            digest.update(canonical(read_signed(generation.record_path(unit))))
-        except (CacheDamagedError, OSError):
-            return True
-    return seal is None or digest.hexdigest() == seal["commits_sha256"]
+    try:
+        for unit in generation.units():
+            digest.update(records.get(unit) or canonical(read_signed(generation.record_path(unit))))
+    except (CacheDamagedError, OSError):
+        return False
+    return seal is not None and digest.hexdigest() == seal["commits_sha256"]
 
 
 def plan_of(generation: Generation, candidates: Iterable[PlannedSample]) -> tuple[Plan, frozenset[int]]:

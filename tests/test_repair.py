@@ -117,6 +117,43 @@ def test_interrupted_anywhere_it_says_so_and_goes_on(run: RunConfig, monkeypatch
     assert files_of(cache) == whole
 
 
+def damage_first_tile(cache: Path, unit: int) -> None:
+    """One byte of a tile that the unit's samples use."""
+    damage(cache / f"generations/0/first_order/c.{unit}.0.0.0", 3)
+
+
+def test_a_record_is_not_made_again_from_damaged_tiles(run: RunConfig) -> None:
+    """Without a seal the tiles' checksums alone tell."""
+    cache = Path(run.cache.path)
+    whole = files_of(cache)
+    (cache / "generations/0/commits/seal.json").unlink()
+    damage(cache / "generations/0/commits/00000001.json", 30)
+    damage_first_tile(cache, 1)
+    summary = repair(run)
+    assert (summary.units, summary.whole, summary.sealed) == (1, True, True)
+    assert files_of(cache) == whole
+
+
+def test_what_cannot_be_repaired_is_not_sealed_as_if_it_were_whole(place: Path, run: RunConfig, tmp_path: Path) -> None:
+    root, cache = tmp_path / "data", Path(run.cache.path)
+    shutil.copytree(place, root, ignore=shutil.ignore_patterns("*.zarr*"))
+    toml = root / "tiny.toml"
+    toml.write_text(toml.read_text().replace(str(place), str(root)))
+    changed = load(toml, [*SETTINGS, f"cache.path={json.dumps(str(cache))}"])
+    id_ = next(iter(CacheReader(cache).entries())).id
+    Image.fromarray(np.zeros((32, 40, 3), np.uint8)).save(root / "images" / f"{id_}.png")
+    damage(cache / "generations/0/commits/00000000.json", 30)
+    damage_first_tile(cache, 0)
+    damage_first_tile(cache, 2)
+    before = (cache / "generations/0/commits/00000000.json").read_bytes()
+    summary = repair(changed)
+    assert summary.failures
+    assert not summary.whole
+    assert not summary.sealed
+    assert (cache / "generations/0/commits/00000000.json").read_bytes() == before
+    assert not verify(cache).whole
+
+
 @pytest.fixture
 def grown(tmp_path: Path, place: Path) -> tuple[RunConfig, Path]:
     """A run of its own whose cache has a second generation: one image changed, one added, one removed."""

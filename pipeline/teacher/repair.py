@@ -28,13 +28,12 @@ from segkd.storage.publish import CLOSED, SEAL, explained, record_name, remove_s
 from segkd.storage.repair import (
     ReplacingWriter,
     differing,
-    fits_seal,
     intact_seal,
     list_of,
     plan_of,
     restore,
     restore_closed,
-    restore_record,
+    restore_records,
     restore_root,
 )
 from segkd.storage.sealing import seal_generations
@@ -173,7 +172,12 @@ class _Repair:
 
                 if units:
                     self.opened.stage(plan).run(writer, units, on_unit)
-        seal_generations(self.root)
+        try:
+            seal_generations(self.root)
+        except CacheDamagedError:
+            # The commit record of a unit that could not be repaired: nothing is sealed over it.
+            if not self.failures:
+                raise
 
     def _numbers(self) -> list[int]:
         folders = (self.root / "generations").glob("*")
@@ -276,9 +280,7 @@ class _Repair:
             if damage.generation == generation.number and damage.unit is not None:
                 files.setdefault(damage.unit, []).append(damage.file)
         alone = {unit: names[0] for unit, names in files.items() if names == [f"{generation.name}/{record_name(unit)}"]}
-        done = {unit for unit in alone if restore_record(generation, unit)}
-        if not done or not fits_seal(generation):
-            return set()
+        done = restore_records(generation, alone)
         self.restored += [alone[unit] for unit in sorted(done)]
         return done
 
