@@ -79,6 +79,8 @@ def compact(
     """
     if Path(source).resolve() == Path(path).resolve():
         raise CacheExistsError(f"{path} is the cache to be compacted; give the new one another path")
+    if Path(path).resolve().is_relative_to(Path(source).resolve()):
+        raise CacheExistsError(f"{path} is inside the cache to be compacted; give the new one a path beside it")
     report = verify(source, workers=workers)
     reader = CacheReader(source)
     if not reader.sealed:

@@ -20,9 +20,9 @@ from segkd.pipeline.teacher.cache import teacher_cache
 from segkd.pipeline.teacher.repair import repair
 from segkd.storage.audit import verify
 from segkd.storage.compact import compact
-from segkd.storage.errors import CacheDamagedError, CacheError, CacheMismatchError, SegkdError
+from segkd.storage.errors import CacheDamagedError, CacheError, CacheExistsError, CacheMismatchError, SegkdError
 from segkd.storage.reader import CacheReader
-from segkd.storage.repair import ReplacingWriter
+from segkd.storage.repair import ReplacingWriter, maintenance
 
 SETTINGS = ("cache.unit_samples=2", "cache.batch=2", "cache.tile=8", "cache.max_kl=0.01")
 
@@ -152,6 +152,26 @@ def test_what_cannot_be_repaired_is_not_sealed_as_if_it_were_whole(place: Path, 
     assert not summary.sealed
     assert (cache / "generations/0/commits/00000000.json").read_bytes() == before
     assert not verify(cache).whole
+
+
+def test_a_second_repair_is_told_of_the_first(run: RunConfig) -> None:
+    cache = Path(run.cache.path)
+    whole = files_of(cache)
+    damage(cache / "generations/0/samples/c.1.0")
+    damaged = files_of(cache)
+    with maintenance(cache), pytest.raises(CacheError, match=r"^another segkd cache repair is at work on .*; wait"):
+        repair(run)
+    assert files_of(cache) == damaged
+    assert repair(run).whole
+    assert files_of(cache) == whole
+
+
+def test_a_cache_is_not_compacted_into_itself(run: RunConfig) -> None:
+    cache = Path(run.cache.path)
+    whole = files_of(cache)
+    with pytest.raises(CacheExistsError, match=r"is inside the cache to be compacted; give the new one a path beside"):
+        compact(cache, cache / "inside")
+    assert files_of(cache) == whole
 
 
 @pytest.fixture

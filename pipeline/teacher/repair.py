@@ -30,6 +30,7 @@ from segkd.storage.repair import (
     differing,
     intact_seal,
     list_of,
+    maintenance,
     plan_of,
     restore,
     restore_closed,
@@ -96,11 +97,13 @@ def repair(run: RunConfig, *, workers: int = 4, progress: Progress = SILENT) -> 
     report = verify(run.cache.path, workers=workers)
     if report.whole and report.sealed:
         return _summary(report, began)
-    work = _Repair(open_run(resolve_budget(run)), report)
-    with explained(work.root):
-        work.restore()
-        work.redo(progress)
-    return _summary(verify(run.cache.path, workers=workers), began, work)
+    with maintenance(Path(run.cache.path)):
+        # Once more: a repair that has just ended may have left nothing to do.
+        work = _Repair(open_run(resolve_budget(run)), verify(run.cache.path, workers=workers))
+        with explained(work.root):
+            work.restore()
+            work.redo(progress)
+        return _summary(verify(run.cache.path, workers=workers), began, work)
 
 
 def _summary(report: AuditReport, began: float, work: _Repair | None = None) -> RepairSummary:
