@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -16,6 +17,7 @@ from PIL import Image
 
 from segkd.cli.main import main
 from segkd.pipeline.config import RunConfig, load
+from segkd.pipeline.student.inputs import open_inputs
 from segkd.pipeline.teacher.cache import teacher_cache
 from segkd.pipeline.teacher.repair import repair
 from segkd.storage.audit import verify
@@ -274,3 +276,13 @@ def test_the_command(run: RunConfig, place: Path) -> None:
             repair(run)
     finally:
         shutil.move(place / "images" / "hidden", place / "images" / "b")
+
+
+def test_training_says_when_it_sees_an_earlier_generation(
+    grown: tuple[RunConfig, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    run, _ = grown
+    (Path(run.cache.path) / "generations/1/commits/seal.json").unlink()
+    with contextlib.suppress(SegkdError):  # the samples of the unfinished generation are not there
+        open_inputs(run, run.student, distill=True)
+    assert "has a generation that is not finished, and training sees the cache before it" in caplog.text

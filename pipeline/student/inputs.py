@@ -82,6 +82,12 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool) -> Inp
             "last.safetensors is what training gives"
         )
     cache = CacheReader(run.cache.path) if distill else None
+    if cache is not None and not cache.sealed:
+        logger.warning(
+            "%s has a generation that is not finished, and training sees the cache before it; "
+            "run segkd teacher-cache, or segkd cache repair if one was interrupted, to finish it",
+            run.cache.path,
+        )
     if cache is not None and run.teacher is not None:
         _check_teacher(cache, run.teacher)
     if cache is not None:
