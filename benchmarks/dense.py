@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
+from numcodecs.zstd import Zstd
 from rate_distortion import TILE, Image, synthetic_images, teacher_images, tiles
 
 from segkd.pipeline.config import load

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 
-from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
+from numcodecs.zstd import Zstd
 
 from segkd.storage.chunks import CHECKSUM
 from segkd.storage.coding import EXACT

@@ -158,12 +158,12 @@ def distillkit(count: int | None, exact: int, degree: int | None, bits: int) -> 
             powers = torch.stack([x**k for k in range(degree + 1)], 1)
             fit = (torch.linalg.pinv(powers) @ rest).half()
             fitted = powers @ fit.double()
-            parts.append(fit.unflatten(1, grid).numpy())
+            parts.append(fit.reshape(-1, *grid).numpy())
         scale = (rest - fitted).abs().amax(0, keepdim=True).clamp_min(1e-6).half()
         steps = 2 ** (bits - 1) - 1
         codes = ((rest - fitted) / scale.double() * steps).round()
-        parts += [scale.unflatten(1, grid).numpy(), codes.unflatten(1, grid).numpy().astype(np.int8)]
-        back = (fitted + codes / steps * scale.double()).float().unflatten(1, grid)
+        parts += [scale.reshape(-1, *grid).numpy(), codes.reshape(-1, *grid).numpy().astype(np.int8)]
+        back = (fitted + codes / steps * scale.double()).float().reshape(-1, *grid)
         known = torch.cat([values[0, :exact].half().float(), back])[None]
         left = (1 - known.double().exp().sum(1, keepdim=True)).clamp_min(1e-7) / max(classes - kept, 1)
         decoded = left.log().float().expand_as(image.log_probs).scatter(1, order, known).log_softmax(1)
@@ -200,7 +200,7 @@ METHODS: tuple[Keep, ...] = (
 def measure(image: Image) -> dict[str, dict[str, float]]:
     """Bytes and errors of every coding of one image."""
     spec = SoftTargets().spec(CacheConfig(temperatures=(1.0, 4.0)), image.log_probs.shape[1])
-    rows = {}
+    rows: dict[str, dict[str, float]] = {}
     for keep in METHODS:
         sizes, decoded = keep(image)
         measured = SoftTargets().measure(spec, image.log_probs, decoded, image.output)

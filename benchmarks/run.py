@@ -71,7 +71,7 @@ def stage_1(run: RunConfig) -> Iterator[Measurement]:
 
 def windows(cache: CacheReader, side: int = 32, reads: int = 400) -> Iterator[Measurement]:
     """Random windows, each of another sample, as training reads them."""
-    rng, entries = np.random.default_rng(0), cache.entries()
+    rng, entries = np.random.default_rng(0), list(cache.entries())
 
     def read(_: int) -> None:
         entry = entries[int(rng.integers(len(entries)))]

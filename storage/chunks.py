@@ -12,7 +12,7 @@ from collections.abc import Callable
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-from numcodecs.zstd import decompress  # type: ignore[import-untyped]
+from numcodecs.zstd import decompress
 
 from segkd.storage import context
 from segkd.storage.errors import CacheMismatchError
