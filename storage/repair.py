@@ -6,14 +6,10 @@ the plan determines, whose digest of the samples is compared. The units' objects
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +17,7 @@ from typing import Any
 
 from segkd.storage.compact import entries_of, planned
 from segkd.storage.damage import NOBODY, affected, directory_of_units, objects_of, rows_of
-from segkd.storage.errors import CacheDamagedError, CacheError
+from segkd.storage.errors import CacheDamagedError
 from segkd.storage.generation import GENERATIONS, METADATA, SAMPLES, Generation, root_documents, table_name
 from segkd.storage.geometry import Axis
 from segkd.storage.geometry import Mapping as GridMapping
@@ -43,26 +39,6 @@ from segkd.storage.table import row_dtype
 from segkd.storage.writer import CacheWriter
 
 UNKNOWN = GridMapping(Axis(1.0, 0.0, 0), Axis(1.0, 0.0, 0))
-
-
-@contextlib.contextmanager
-def maintenance(root: Path) -> Iterator[None]:
-    """Keeps other repairs of a cache out. Raises CacheError where one is at work.
-
-    The lock is the process's and ends with it; a file system that knows none goes without.
-    """
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CacheError(f"another segkd cache repair is at work on {root}; wait until it has ended") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class ReplacingWriter(CacheWriter):

@@ -23,8 +23,9 @@ from segkd.pipeline.teacher.repair import repair
 from segkd.storage.audit import verify
 from segkd.storage.compact import compact
 from segkd.storage.errors import CacheDamagedError, CacheError, CacheExistsError, CacheMismatchError, SegkdError
+from segkd.storage.locks import at_work
 from segkd.storage.reader import CacheReader
-from segkd.storage.repair import ReplacingWriter, maintenance
+from segkd.storage.repair import ReplacingWriter
 
 SETTINGS = ("cache.unit_samples=2", "cache.batch=2", "cache.tile=8", "cache.max_kl=0.01")
 
@@ -156,15 +157,20 @@ def test_what_cannot_be_repaired_is_not_sealed_as_if_it_were_whole(place: Path, 
     assert not verify(cache).whole
 
 
-def test_a_second_repair_is_told_of_the_first(run: RunConfig) -> None:
+def test_a_repair_works_alone(run: RunConfig) -> None:
     cache = Path(run.cache.path)
     whole = files_of(cache)
     damage(cache / "generations/0/samples/c.1.0")
     damaged = files_of(cache)
-    with maintenance(cache), pytest.raises(CacheError, match=r"^another segkd cache repair is at work on .*; wait"):
-        repair(run)
+    remedy = "wait until it has ended, then run the same command again$"
+    for alone, command in ((True, repair), (False, repair), (True, teacher_cache)):
+        others = "another segkd cache repair or teacher-cache" if command is repair else "segkd cache repair"
+        with at_work(cache, alone=alone), pytest.raises(CacheError, match=f"^{others} is at work on .*; {remedy}"):
+            command(run)
     assert files_of(cache) == damaged
     assert repair(run).whole
+    with at_work(cache, alone=False):  # one that writes units hinders no other
+        teacher_cache(run)
     assert files_of(cache) == whole
 
 

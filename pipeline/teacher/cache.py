@@ -10,6 +10,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from segkd.pipeline.teacher.increments import find_work
 from segkd.pipeline.teacher.opened import open_run
 from segkd.storage.generation import Generation
 from segkd.storage.layout import Unit
+from segkd.storage.locks import at_work
 from segkd.storage.publish import explained, read_signed
 from segkd.storage.reader import CacheReader
 from segkd.storage.statistics import Statistics
@@ -117,28 +119,33 @@ def teacher_cache(
     """
     began = time.monotonic()
     opened = open_run(resolve_budget(run))
-    work = find_work(opened, close=close, progress=progress)
-    if work is None:
-        return replace(summarise(opened.config.path, written=0), seconds=time.monotonic() - began)
-    writer = work.writer(opened)
-    pending = writer.pending()
-    for number in writer.unrecorded(pending):
-        logger.warning("%s: unit %d is written again: its commit record is lost", writer.generation.folder, number)
-    mine = pending if share is None else share.of(pending)
-    if share is not None:
-        logger.info("%s (%s): %d of %d pending units", share, share.origin, len(mine), len(pending))
-    theirs = {unit.number for unit in pending} - {unit.number for unit in mine}
-    total = sum(unit.samples for unit in work.plan.units if unit.number not in theirs)
-    with progress.task("teacher-cache", total, done=total - sum(unit.samples for unit in mine)) as task:
-        journal = _Journal(writer, opened.predictor.device, task)
-        if mine and dask is not None:
-            from segkd.pipeline.teacher.dask_run import write_units
+    with ExitStack() as stack:
+        # Of a cache under repair nothing is to be read either; one that is not there yet is locked once it is.
+        if Path(opened.config.path).is_dir():
+            stack.enter_context(at_work(Path(opened.config.path), alone=False))
+        work = find_work(opened, close=close, progress=progress)
+        if work is None:
+            return replace(summarise(opened.config.path, written=0), seconds=time.monotonic() - began)
+        writer = work.writer(opened)
+        stack.enter_context(at_work(writer.root, alone=False))
+        pending = writer.pending()
+        for number in writer.unrecorded(pending):
+            logger.warning("%s: unit %d is written again: its commit record is lost", writer.generation.folder, number)
+        mine = pending if share is None else share.of(pending)
+        if share is not None:
+            logger.info("%s (%s): %d of %d pending units", share, share.origin, len(mine), len(pending))
+        theirs = {unit.number for unit in pending} - {unit.number for unit in mine}
+        total = sum(unit.samples for unit in work.plan.units if unit.number not in theirs)
+        with progress.task("teacher-cache", total, done=total - sum(unit.samples for unit in mine)) as task:
+            journal = _Journal(writer, opened.predictor.device, task)
+            if mine and dask is not None:
+                from segkd.pipeline.teacher.dask_run import write_units
 
-            write_units(dask, replace(run, cache=opened.config), work.generation, mine, journal.unit)
-        elif mine:
-            opened.stage(work.plan).run(writer, mine, journal.unit)
-    writer.seal()
-    summary = summarise(opened.config.path, written=journal.samples, own=None if share is None else share.owns)
+                write_units(dask, replace(run, cache=opened.config), work.generation, mine, journal.unit)
+            elif mine:
+                opened.stage(work.plan).run(writer, mine, journal.unit)
+        writer.seal()
+        summary = summarise(opened.config.path, written=journal.samples, own=None if share is None else share.owns)
     return replace(
         summary,
         seconds=time.monotonic() - began,

@@ -24,13 +24,13 @@ from segkd.storage.damage import AuditReport
 from segkd.storage.errors import CacheDamagedError
 from segkd.storage.generation import METADATA, Generation, generation_documents, generations_of, read_spec
 from segkd.storage.layout import Plan, PlannedSample, Unit, plan_units
+from segkd.storage.locks import at_work
 from segkd.storage.publish import CLOSED, SEAL, explained, record_name, remove_synced
 from segkd.storage.repair import (
     ReplacingWriter,
     differing,
     intact_seal,
     list_of,
-    maintenance,
     plan_of,
     restore,
     restore_closed,
@@ -97,7 +97,7 @@ def repair(run: RunConfig, *, workers: int = 4, progress: Progress = SILENT) -> 
     report = verify(run.cache.path, workers=workers)
     if report.whole and report.sealed:
         return _summary(report, began)
-    with maintenance(Path(run.cache.path)):
+    with at_work(Path(run.cache.path), alone=True):
         # Once more: a repair that has just ended may have left nothing to do.
         work = _Repair(open_run(resolve_budget(run)), verify(run.cache.path, workers=workers))
         with explained(work.root):

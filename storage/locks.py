@@ -1,0 +1,42 @@
+"""Keeps the repair of a cache apart from whoever writes to it.
+
+Units need no lock: attempts at one unit do not harm each other. A repair does what nobody else does, it takes finished
+units out again, so while one is at work nobody else may publish or seal. The lock is the process's and ends with it: it
+cannot be left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from segkd.storage.errors import CacheError
+
+_NOT_SUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@contextlib.contextmanager
+def at_work(root: Path, *, alone: bool) -> Iterator[None]:
+    """Holds an advisory lock on a cache's folder: a repair ``alone``, those that write units together.
+
+    Raises CacheError where it is held otherwise. A file system that knows no such locks goes without.
+    """
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            others = "another segkd cache repair or teacher-cache" if alone else "segkd cache repair"
+            raise CacheError(
+                f"{others} is at work on {root}; wait until it has ended, then run the same command again"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
