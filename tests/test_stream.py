@@ -246,8 +246,7 @@ def test_samples_that_are_kept_exactly_are_batched_with_others() -> None:
         assert decoded.dtype == torch.float32
         assert decoded.isfinite().all()
         for s, draw in enumerate(draws):
-            alone = make_stream(source, reader, labelled=1, auxiliary=1, targets=("soft",))._item(draw).knowledge
-            assert alone is not None
+            (alone,) = make_stream(source, reader, labelled=1, auxiliary=1, targets=("soft",))._item(draw).knowledge
             values = CODER.decode(alone.codes["soft"][None], np.array([alone.rungs["soft"]]))[0]
             height, width = values.shape[1:]
             torch.testing.assert_close(decoded[s, :, :height, :width], torch.from_numpy(values), rtol=0, atol=1e-6)

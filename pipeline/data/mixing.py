@@ -36,8 +36,8 @@ class Piece:
 def draw_rectangle(rng: np.random.Generator, size: tuple[int, int]) -> BoolArray:
     """A random rectangle of a crop of ``size`` (H, W) as a mask, wholly inside it and of its aspect.
 
-    Its share of the area is uniform on (0, 1), CutMix's Beta(1, 1), up to whole pixels: a side has at least one, and one
-    less than the crop's at most, so that both images are seen.
+    Its share of the area is uniform on (0, 1), CutMix's Beta(1, 1), up to whole pixels: of each side at least one, and
+    at least one less than the crop has, so that both images are seen.
     """
     side = math.sqrt(rng.random())
     height, width = (min(max(round(side * pixels), 1), max(pixels - 1, 1)) for pixels in size)

@@ -88,9 +88,10 @@ def certain(
     if samples and not kept:
         confidences, entropies = zip(*(found for found in measured if found is not None), strict=True)
         raise ConfigError(
-            f"train.least_confidence is {least_confidence:g} and train.most_entropy {most_entropy:g}, which none of the "
-            f"{len(samples)} auxiliary samples satisfies: in the cache their confidence is {min(confidences):.4g} to "
-            f"{max(confidences):.4g}, their entropy {min(entropies):.4g} to {max(entropies):.4g} nats; "
+            f"train.least_confidence is {least_confidence:g} and train.most_entropy {most_entropy:g}, which none of "
+            f"the {len(samples)} auxiliary samples satisfies: in the cache their confidence is "
+            f"{min(confidences):.4g} to {max(confidences):.4g}, "
+            f"their entropy {min(entropies):.4g} to {max(entropies):.4g} nats; "
             "set limits that some of them satisfy"
         )
     logger.info(
