@@ -152,7 +152,8 @@ def window_of(crop: Crop, mapping: Mapping, owned: BoolArray) -> Window:
     lies among them the window is the nearest cell, which does not count, so that one is never empty.
     """
     placed = mapping.through(crop.y.inverse(), crop.x.inverse())
-    rows, columns = _cells(placed.y, owned.any(1)), _cells(placed.x, owned.any(0))
+    rows = _cells(placed.y, np.flatnonzero(owned.any(1)))
+    columns = _cells(placed.x, np.flatnonzero(owned.any(0)))
     part = placed.part(rows, columns)
     (pixel_y, in_y), (pixel_x, in_x) = _pixels(part.y, crop.size[0]), _pixels(part.x, crop.size[1])
     counts = owned[np.ix_(pixel_y, pixel_x)] & in_y[:, None] & in_x
@@ -188,10 +189,10 @@ def _nearest(axis: Affine, visible: range) -> npt.NDArray[np.intp]:
     return np.floor(axis.scale * np.asarray(visible) + axis.offset + 0.5).astype(np.intp)
 
 
-def _cells(axis: Axis, owned: BoolArray) -> range:
-    """The cells whose centres lie between the first and the last owned pixel, or the one nearest to the first."""
-    pixels = np.flatnonzero(owned) if owned.any() else np.zeros(1, np.intp)
-    cells = axis.inside(pixels[0] - 0.5, pixels[-1] + 0.5)
+def _cells(axis: Axis, pixels: npt.NDArray[np.intp]) -> range:
+    """The cells whose centres lie between the first and the last of these pixels, or the one nearest to the first."""
+    first, last = (int(pixels[0]), int(pixels[-1])) if len(pixels) else (0, 0)
+    cells = axis.inside(first - 0.5, last + 0.5)
     if cells:
         return cells
     nearest = min(cells.start, axis.cells - 1)
