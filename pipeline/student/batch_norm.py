@@ -45,8 +45,8 @@ class BatchNorms:
         self._layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, _BatchNorm)}
         if mode != "joint" and not self._layers:
             raise ConfigError(
-                f'train.batch_norm is "{mode}", but the student has no batch-norm layer that can be told so (those of '
-                'TorchScript and torch.export cannot); set it to "joint"'
+                f'train.batch_norm is "{mode}", but the student has no batch-norm layer that it could act on (those '
+                'of TorchScript and torch.export are out of reach); set it to "joint"'
             )
         for name, layer in self._layers.items():
             if mode == "frozen" and layer.running_mean is None:
