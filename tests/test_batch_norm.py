@@ -293,7 +293,7 @@ def test_what_cannot_be_told_apart_is_refused() -> None:
     assert logits(Folding(), "frozen", images(0, 1, 2), 1).shape == (6, 3, 16, 32)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("mode", ["labelled", "separate", "frozen"])
 def test_a_mode_that_could_do_nothing_is_refused(mode: BatchNormMode) -> None:
     example = images(0, 1)
