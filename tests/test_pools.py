@@ -98,7 +98,8 @@ def test_none_left_says_what_the_cache_holds() -> None:
         kept(ROWS, 0.95, 0.05)
     assert str(error.value) == (
         "train.least_confidence is 0.95 and train.most_entropy 0.05, which none of the 4 auxiliary samples satisfies: "
-        "in the cache their confidence is 0.5 to 0.9, their entropy 0.1 to 1.5 nats; set limits that some of them satisfy"
+        "in the cache their confidence is 0.5 to 0.9, their entropy 0.1 to 1.5 nats; "
+        "set limits that some of them satisfy"
     )
 
 

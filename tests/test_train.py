@@ -663,6 +663,10 @@ def damaged_copy(run: RunConfig, folder: Path) -> tuple[RunConfig, int]:
 
 def test_auxiliary_samples_are_filtered_by_the_rows_of_the_cache(run: RunConfig, tmp_path: Path) -> None:
     """How many are drawn is kept in run.json, which stays JSON."""
+    (tmp_path / "teacher.py").write_text("from torch import nn\ndef build():\n    return nn.Conv2d(3, 3, 9, 4, 4)\n")
+    teacher = NetworkConfig(reference=f"{tmp_path}/teacher.py:build")
+    run = replace(run, teacher=teacher, cache=replace(run.cache, path=str(tmp_path / "cache.zarr")))
+    teacher_cache(run)
     reader = CacheReader(run.cache.path)
     measured = sorted(
         (reader.entry(entry.id).measures["soft.confidence"], entry.id) for entry in reader.entries("auxiliary")
