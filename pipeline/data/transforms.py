@@ -43,7 +43,7 @@ class AugmentConfig:
     get as much with ``photometric = 1.0``."""
     cutmix: float = 0.0
     """Probability that an auxiliary crop is a mix of two auxiliary images: a rectangle of one, of random size, put into
-    the other (CutMix). Each part is learned from its own image's targets."""
+    the other (CutMix). Each part is learned from its own image's targets. Accuracy not measured."""
 
     def __post_init__(self) -> None:
         if min(self.crop) < 1:

@@ -23,15 +23,15 @@ class TrainConfig:
     """Samples of role auxiliary in a batch; they are learned from through the teacher alone."""
     least_confidence: float = 0.0
     """Auxiliary samples of which the teacher is less confident are not drawn: its largest class probability, a mean
-    over the image's cells that the cache keeps. 0 draws all."""
+    over the image's cells that the cache keeps. 0 draws all. Accuracy not measured."""
     most_entropy: float = math.inf
     """Auxiliary samples of more entropy are not drawn: that of the teacher's class distribution in nats, a mean over
-    the image's cells that the cache keeps. inf draws all."""
+    the image's cells that the cache keeps. inf draws all. Accuracy not measured."""
     batch_norm: BatchNormMode = "joint"
     """Whose statistics batch norm normalises by. ``joint``: those of the whole batch. ``labelled``: those of its
     labelled crops. ``separate``: labelled and auxiliary crops each by their own. ``frozen``: the running ones, for a
     student that starts from trained weights. Running statistics follow the whole batch in ``joint``, nothing in
-    ``frozen``, else the labelled crops."""
+    ``frozen``, else the labelled crops. Accuracy of all but ``joint`` not measured."""
     optimiser: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum."""
     learning_rate: float = 1e-3
