@@ -159,6 +159,29 @@ def test_labelled_is_the_formula_and_so_are_its_gradients(dtype: torch.dtype) ->
     assert_close(buffers(network), buffers(plain))
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.BatchNorm1d, (5, 3)),
+        (nn.BatchNorm1d, (5, 3, 4)),
+        (nn.BatchNorm2d, (5, 3, 4, 2)),
+        (nn.BatchNorm3d, (5, 3, 2, 2, 2)),
+    ],
+)
+def test_labelled_statistics_in_any_dimensions(layer: type[nn.Module], shape: tuple[int, ...]) -> None:
+    """Numerical derivatives, by auxiliary and labelled features alike."""
+    network = layer(3).double()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: logits(network, "labelled", x, 3), x)
+    plain = layer(3).double()
+    kept = x.detach()[:3].transpose(0, 1).flatten(1)
+    expected = (x.transpose(0, 1).flatten(1) - kept.mean(1, keepdim=True)) / (
+        kept.var(1, correction=0, keepdim=True) + plain.eps
+    ).sqrt()
+    found = logits(plain, "labelled", x, 3)
+    torch.testing.assert_close(found.transpose(0, 1).flatten(1), expected)
+
+
 @pytest.mark.parametrize("mode", ["labelled", "separate", "frozen"])
 def test_auxiliary_crops_move_neither_labelled_logits_nor_the_statistics_that_are_kept(mode: BatchNormMode) -> None:
     found = []

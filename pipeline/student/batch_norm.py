@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from segkd.storage.errors import ConfigError, NetworkError
@@ -86,18 +87,47 @@ class BatchNorms:
             # Without a track of them a layer takes the batch's statistics and leaves its running ones alone.
             with _lent(layer, track_running_stats=False):
                 return torch.cat([normalised, forward(others)])
-        # In eval mode and with these statistics a layer normalises by nothing more, and does all else that it does.
-        exact = torch.float32 if layer.running_mean is None else layer.running_mean.dtype
-        mean = torch.zeros(x.shape[1], dtype=exact, device=x.device)
-        with _lent(layer, training=False, running_mean=mean, running_var=torch.ones_like(mean) - layer.eps):
-            return torch.cat([normalised, forward(_normalised_like(known, others, layer.eps))])
+        # What a layer in eval mode takes for its running statistics are those of the labelled crops.
+        mean, variance = _moments(known.detach())
+        exact = mean.dtype if layer.running_mean is None else layer.running_mean.dtype
+        others = _Follow.apply(others, known, mean, variance + layer.eps)  # type: ignore[no-untyped-call]  # by torch
+        with _lent(layer, training=False, running_mean=mean.to(exact), running_var=variance.to(exact)):
+            return torch.cat([normalised, forward(others)])
 
 
-def _normalised_like(known: Tensor, others: Tensor, eps: float) -> Tensor:
-    """``others`` normalised by each channel's mean and (biased) variance in ``known``; in float32 at least."""
-    exact = torch.promote_types(known.dtype, torch.float32)
-    variance, mean = torch.var_mean(known.to(exact), [0, *range(2, known.ndim)], correction=0, keepdim=True)
-    return ((others.to(exact) - mean) * (variance + eps).rsqrt()).to(others.dtype)
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, C; in float32 at least."""
+    dimensions = [0, *range(2, x.ndim)]
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = x.mean(dimensions, keepdim=True)
+    # torch.var takes four times as long in the layout of convolutions on CPUs.
+    return mean.flatten(), (x - mean).square().mean(dimensions)
+
+
+class _Follow(torch.autograd.Function):
+    """``others`` as they are, for a layer that normalises them by the statistics of ``known``, constants to it.
+
+    The gradient is that of ``mean + (others - m(known)) * sqrt(squared / (v(known) + eps))``: as if the layer had
+    computed mean m and variance v itself. ``mean`` and ``squared`` (C) are their values, with eps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, others: Tensor, known: Tensor, mean: Tensor, squared: Tensor) -> Tensor:
+        ctx.save_for_backward(others, known, mean, squared)
+        return others.view_as(others)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        others, known, mean, squared = ctx.saved_tensors
+        dimensions = [0, *range(2, known.ndim)]
+        count = known.numel() // known.shape[1]
+        mean, squared = (value.view(-1, *[1] * (known.ndim - 2)) for value in (mean, squared))
+        of_mean = -gradient.to(mean.dtype).sum(dimensions, keepdim=True)
+        of_scale = (gradient * (others - mean)).sum(dimensions, keepdim=True)
+        # d mean / d known = 1 / count; d (squared ** -1/2) / d known = -(known - mean) / count * squared ** -3/2.
+        of_known = (of_mean - (known - mean) * (of_scale / squared)) / count
+        return gradient, of_known.to(known.dtype), None, None
 
 
 @contextmanager
