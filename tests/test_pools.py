@@ -83,7 +83,7 @@ def test_a_sample_whose_row_is_lost_stays() -> None:
 
 
 def test_how_many_remain_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="segkd"):
         kept(ROWS)
         assert not caplog.records
         kept(ROWS, 0.75, 1.0)
