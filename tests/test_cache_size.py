@@ -72,7 +72,7 @@ def write(path: Path, samples: Sequence[PlannedSample]) -> tuple[int, int]:
                 name: {measure: float(rng.random()) * 1e-3 for measure in target.measures}
                 for name, target in spec().targets.items()
             }
-            digest = hashlib.sha256(sample.id.encode()).digest()
+            digest = hashlib.sha256(sample.id.encode()).digest()[:16]
             targets = {"soft": codes, "first_order": codes[:1]}
             coded.append(
                 CodedSample(image_digest=digest, codes=targets, rungs=dict.fromkeys(targets, 0), measures=measures)
