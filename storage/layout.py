@@ -89,16 +89,17 @@ def tile_shape(grid: tuple[int, int], tile: int) -> tuple[int, int]:
 def usual_tile(samples: Sequence[PlannedSample]) -> int:
     """The side of a tile, in cells, that suits these samples; a pure function of the sizes of their grids.
 
-    Where half of the grids or more fit in ``WHOLE`` cells, most of those are one tile each: an entry a sample in the
-    index, one read a window, and no cell that is kept for nothing beside the longest grids. What is a quarter beyond
-    the longest of nine in ten does not count; such a grid is cut, rather than that all others have a tile of its size.
+    Where half of the grids or more fit in ``WHOLE`` cells, nine in ten of those are one tile each, and so are longer
+    ones by up to a quarter: an entry a sample in the index, one read a window, and no padding beside the longest, which
+    costs codes. Any other is cut, rather than that all have a tile of its size, but not into tiles below ``CUT``.
     """
     sides = sorted(max(sample.mapping.shape) for sample in samples)
     fitting = [side for side in sides if side <= WHOLE]
-    if 2 * len(fitting) < len(sides) or not fitting:
+    if not fitting or 2 * len(fitting) < len(sides):
         return CUT
     usual = fitting[(9 * len(fitting) - 1) // 10]
-    return max(side for side in fitting if 4 * side <= 5 * usual)
+    tile = max(side for side in fitting if 4 * side <= 5 * usual)
+    return tile if tile == sides[-1] else max(tile, CUT)
 
 
 def plan_units(samples: Sequence[PlannedSample], *, unit_samples: int, tile: int, cell_bytes: int = 1) -> Plan:

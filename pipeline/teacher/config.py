@@ -43,7 +43,7 @@ class CacheConfig:
     max_first_order_error: float = 1 / 256
     """The largest absolute error of the first-order map (of the softmax) that writing may cost a cell."""
     tile: int = 0
-    """Side of a tile in cells: what a window read fetches at least. 0: as suits the grids of the samples."""
+    """Side of a tile in cells: what a window read fetches at least. 0: as suits the grids that a cache begins with."""
     unit_samples: int = 64
     """Samples of a unit: what an interruption costs at most."""
     batch: int = 8
