@@ -22,7 +22,8 @@ TOP = 255
 """The code of a cell's argmax, whose probability is what the others leave."""
 FLOORS = (0.44, 0.259, 0.152, 0.09, 0.053)
 """What a code of 0 may decode to, in levels: each 1.7 times the next, which costs about 1 % of the KL at most."""
-LEVELS_OF_A_LADDER = 50
+RUNGS_OF_A_LADDER = 250
+"""Levels times floors, without the finest level: a row has one byte for the rung."""
 MOST_COUNTED = 8
 """Up to so many codes that are not 0 raise what the zeros of a cell decode to: more say no more about the others."""
 _TIMES = np.zeros((1 + MOST_COUNTED, 256), np.float32)
@@ -83,11 +84,14 @@ class CompandedDistribution:
         finest = 254 / 0.5**exponent
         least = min(max(0.07 * scale, 1.2), finest / 2)
         most = min(max(0.6 * scale * math.sqrt(classes), 4 * least), finest)
-        ratio = (most / least) ** (1 / (LEVELS_OF_A_LADDER - 1))
-        levels = [least * ratio**k for k in range(LEVELS_OF_A_LADDER)]
+        # Above T = 1 hardly a code is 0, so that the floor does not matter and levels may lie five times as close.
+        floors = FLOORS if hottest <= 1 else FLOORS[1:2]
+        count = RUNGS_OF_A_LADDER // len(floors)
+        ratio = (most / least) ** (1 / (count - 1))
+        levels = [least * ratio**k for k in range(count)]
         if finest > 1.01 * most:
             levels.append(finest)  # for maps as rough as noise, of which pixels may cost several times what cells do
-        return cls(exponent=exponent, levels=tuple(float(f"{level:.4g}") for level in levels))
+        return cls(exponent=exponent, levels=tuple(float(f"{level:.4g}") for level in levels), floors=floors)
 
     @property
     def rungs(self) -> int:

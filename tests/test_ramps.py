@@ -18,6 +18,7 @@ from PIL import Image
 
 from segkd.pipeline.data.batch import Sources
 from segkd.pipeline.data.transforms import AugmentConfig, Crop, Window, window_of
+from segkd.pipeline.models.network import Grid, Preprocessing
 from segkd.pipeline.student.alignment import align
 from segkd.storage.geometry import Axis, Mapping, flip, network_axis, resize
 
@@ -53,8 +54,10 @@ def cases(draw: st.DrawFn) -> tuple[Crop, Mapping, Mapping]:
     low = draw(st.floats(0.25, 2.0))
     augment = AugmentConfig(crop=crop_size, scale=(low, low * draw(st.floats(1.0, 3.0))), flip=draw(st.booleans()))
     crop = Crop.draw(np.random.default_rng(draw(st.integers(0, 2**32))), image_size, augment)
-    student = draw(grids(*crop_size, st.sampled_from([1, 2, 4, 8, 16, 32])))
-    return crop, draw(teachers(*image_size)), student
+    # The student may be fed at another scale than the crop's.
+    fed = Preprocessing(scale=draw(st.sampled_from([1.0, 0.5, 0.7, 2.0]))).scaled(*crop_size)
+    grid = Grid(stride=draw(st.sampled_from([1, 2, 4, 8, 16, 32])), convention=draw(conventions))
+    return crop, draw(teachers(*image_size)), grid.mapping_in(crop_size, fed)
 
 
 def cached_ramps(teacher: Mapping) -> npt.NDArray[np.float32]:

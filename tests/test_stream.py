@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch.nn import functional as F
 
 from segkd.pipeline.data.batch import Batch
 from segkd.pipeline.data.sample import Classes, Role, Sample
@@ -114,11 +115,12 @@ def make_stream(
     augment: AugmentConfig = AUGMENT,
     targets: tuple[str, ...] = ("soft", "first_order"),
     distil: bool = True,
+    preprocessing: Preprocessing | None = None,
 ) -> TrainStream:
     source = source or make_source()
     reader: Any = (cache or FakeReader(source)) if distil else None
     config = StreamConfig(labelled=labelled, auxiliary=auxiliary, seed=seed)
-    return TrainStream(source, reader, targets, config, augment, Preprocessing())
+    return TrainStream(source, reader, targets, config, augment, preprocessing or Preprocessing())
 
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
@@ -272,6 +274,20 @@ def test_counting_cells_lie_where_the_image_says() -> None:
                 assert shown[:2].tolist() == pytest.approx(expected, abs=1.1)
                 compared += 1
     assert compared > 100
+
+
+def test_a_network_at_half_scale_gets_smaller_images_and_the_same_labels_and_cells() -> None:
+    whole = make_stream(augment=PLAIN)[0]
+    half = make_stream(augment=PLAIN, preprocessing=Preprocessing(scale=0.5))[0]
+    height, width = whole.images_N3HW.shape[-2:]
+    assert half.images_N3HW.shape[-2:] == (height // 2, width // 2)
+    assert torch.equal(half.labels_NHW, whole.labels_NHW)
+    assert whole.sources is not None
+    assert half.sources is not None
+    assert torch.equal(half.sources.cell_to_crop_S22, whole.sources.cell_to_crop_S22)
+    # The pictures are coordinate ramps, of which a mean over two pixels is the value between them.
+    means = F.avg_pool2d(whole.images_N3HW, 2)[..., 2:-2, 2:-2]
+    torch.testing.assert_close(half.images_N3HW[..., 2:-2, 2:-2], means, rtol=0, atol=0.03)
 
 
 def test_auxiliary_labels_are_never_opened_and_all_255() -> None:

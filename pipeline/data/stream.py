@@ -22,7 +22,7 @@ from segkd.pipeline.data.photometric import jitter
 from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample, with_role
 from segkd.pipeline.data.transforms import AugmentConfig, Crop, Window, window_of
 from segkd.pipeline.models.network import Preprocessing
-from segkd.pipeline.models.preprocessing import normalise
+from segkd.pipeline.models.preprocessing import normalise, resized
 from segkd.storage.errors import CacheDamagedError, CacheMismatchError, ConfigError, ContaminationError, DataError
 from segkd.storage.reader import CacheReader
 from segkd.storage.table import Entry
@@ -68,7 +68,7 @@ class _Knowledge:
 
 @dataclass(frozen=True)
 class _Item:
-    """One crop: image H,W,3, labels H,W and the teacher's knowledge of it."""
+    """One crop: image H',W',3 at the network's scale, labels H,W and the teacher's knowledge of it."""
 
     image: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.uint8]
@@ -142,7 +142,7 @@ class TrainStream(Dataset[Batch]):
         strength = self._augment.photometric if labelled else self._augment.auxiliary_photometric
         knowledge, damage = self._knowledge_or_damage(sample, crop)
         return _Item(
-            image=jitter(crop.image(image), rng, strength),
+            image=jitter(resized(crop.image(image), self._preprocessing.scaled(*crop.size)), rng, strength),
             labels=crop.labels(self._label_map(sample, crop)) if labelled else np.full(crop.size, IGNORE, np.uint8),
             labelled=labelled,
             knowledge=knowledge,

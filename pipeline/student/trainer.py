@@ -69,7 +69,8 @@ class Trainer:
         """
         rate = set_learning_rate(self._optimiser, step, self.config)
         batch = batch.to(self.device)
-        student = self.network.grid.mapping(*batch.images_N3HW.shape[-2:])
+        (height, width), fed = batch.labels_NHW.shape[-2:], batch.images_N3HW.shape[-2:]
+        student = self.network.grid.mapping_in((height, width), (fed[0], fed[1]))
         logits_NChw = self._forward(batch.images_N3HW)
         decoded = self._decode(batch)
         loss, terms = total_loss(logits_NChw, student, batch, decoded, self.loss, self._class_weights)
