@@ -55,7 +55,7 @@ class FakeSource:
 
     def image_digest(self, sample: Sample) -> bytes:
         self.digests.append(sample.id)
-        return hashlib.sha256(self.image(sample).tobytes()).digest()
+        return hashlib.sha256(self.image(sample).tobytes()).digest()[:16]
 
     def labels(self, sample: Sample) -> npt.NDArray[np.uint8]:
         assert sample.role not in self.forbidden, "the labels of such a sample must not be opened"
@@ -87,7 +87,7 @@ class FakeReader:
         for rung, sample in enumerate(source.samples):
             axes = [network_axis(pixels, -(-pixels // stride)) for pixels in source.size(sample)]
             rungs = {"soft": rung, "first_order": 0}
-            digest = hashlib.sha256(source.image(sample).tobytes()).digest()
+            digest = hashlib.sha256(source.image(sample).tobytes()).digest()[:16]
             self.table[sample.id] = FakeEntry(
                 sample.id, sample.role, source.size(sample), Mapping(*axes), digest, rungs
             )

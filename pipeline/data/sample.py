@@ -73,7 +73,7 @@ class DataSource(Protocol):
         ...
 
     def image_digest(self, sample: Sample) -> bytes:
-        """SHA-256 (32 bytes) of the image file's bytes, or of the pixels where there is no file."""
+        """The first 16 bytes of the SHA-256 of the image file's bytes, or of the pixels where there is no file."""
         ...
 
     def labels(self, sample: Sample) -> npt.NDArray[np.uint8]:
