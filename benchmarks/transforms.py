@@ -35,8 +35,8 @@ from segkd.storage.coding import TOP, CompandedDistribution
 BOUND, TEMPERATURES, AIM = 1e-3, (1.0, 4.0), 7
 ZERO, BEYOND = 0.37, 0.09
 """Quantiser with a dead zone: what is added before rounding down, and how far beyond their codes values are taken to
-lie. They and the power 1/10.5 were chosen on 12 images of CamVid's, for filled planes in 15 x 15: the fewest bytes of 22
-combinations, by 0.2 %.
+lie. They and the power 1/10.5 were chosen on 12 images of CamVid's, for filled planes in 15 x 15: of 22 combinations
+the fewest bytes, by 0.2 %.
 """
 ORDERS = ((0, 1, 2, 3, 4), (0, 4, 1, 2, 3))
 """Block by block and band by band: of the orders of halves,y,x,c,F that were tried those that zstd packs best."""
@@ -203,7 +203,8 @@ def measure(image: Image) -> dict[str, Row]:
     rows: dict[str, Row] = {REFERENCE: {"bytes": sizes[REFERENCE], **costs(image, half)}, **dict(packings(image))}
     for fill, side, root in itertools.product((False, True), (8, 15, 16), (0, 12, 10.5, 8)):
         if root or not fill:
-            name = f"DCT {side}x{side} of {f'p^(1/{root:g})' if root else 'log p'}{', filled' if fill else ''}"
+            what = f"p^(1/{root:g})" if root else "log p"
+            name = f"DCT {side}x{side} of {what}{', filled' if fill else ''}"
             rows[name] = transformed(image, side, 1 / root if root else 0, fill=fill)
     return rows
 
