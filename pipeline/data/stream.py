@@ -114,7 +114,12 @@ class TrainStream(Dataset[Batch]):
         self._auxiliary = _Pool(source, Role.AUXILIARY, stream.auxiliary, stream.seed)
         self._verified: set[str] = set()
         if cache is not None:
-            _check_cache(cache, source, targets, (*self._labelled.samples, *self._auxiliary.samples), stream.on_damage)
+            _check_cache(cache, source, targets, self.samples, stream.on_damage)
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """Whatever a batch may draw from, labelled ones first."""
+        return (*self._labelled.samples, *self._auxiliary.samples)
 
     def draws(self, step: int) -> tuple[Draw, ...]:
         """The crops of a batch in its order, labelled ones first."""
