@@ -2,9 +2,9 @@
 
     python benchmarks/contents.py --config configs/camvid.toml [--images 120] [--json]
 
-Distances are the largest difference of two tones in parts of the lesser contrast, as `segkd train-student` compares images;
-beside other numbers of tones, and a difference hash of 16 x 16 x 2 bits, whose distance is the share of bits that differ.
-Neighbours are images that follow each other in one role.
+Distances are the largest difference of two tones in parts of the lesser contrast, as `segkd train-student` compares
+images; beside other numbers of tones, and a difference hash of 16 x 16 x 2 bits, whose distance is the share of bits
+that differ. Neighbours are images that follow each other in one role.
 """
 
 from __future__ import annotations
@@ -182,7 +182,8 @@ def main() -> None:
             print(f"  {row:<26}" + "".join(f"{value:9.3f}" for value in values))
     print(
         f"\nat {TOLERANCE} of the contrast: {result['contaminated']} contaminated, {result['shared']} shared by select "
-        f"and report, {result['copies']} copies; least contrast {result['least_contrast']:.1f} of {LEAST_CONTRAST} needed"
+        f"and report, {result['copies']} copies; least contrast {result['least_contrast']:.1f}, "
+        f"{LEAST_CONTRAST:g} are needed"
     )
     print(f"{result['content_ms']:.2f} ms an image for digest and tones, beside decoding, one thread")
     for row in sizes:

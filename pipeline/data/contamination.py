@@ -76,7 +76,7 @@ def require_apart(twins: Twins, source: DataSource, policy: Policy) -> None:
 
 
 def _counted(twins: Sequence[Twin], first: str) -> str:
-    return first if len(twins) == 1 else f"{len(twins):,} such pairs (segkd data check lists them), the first: {first}"
+    return first if len(twins) == 1 else f"{first}; there are {len(twins):,} such pairs, segkd data check lists them"
 
 
 def describe_contaminated(twin: Twin, source: DataSource) -> str:

@@ -19,24 +19,22 @@ from segkd.storage.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SampleList:
-    """Samples, packed: half of what plain JSON takes, and a digest takes no more for being looked at."""
+    """Samples, packed: a checkpoint of many is written often."""
 
-    count: int
-    ids: str
-    """Base64 of zlib of the ids in UTF-8, a zero byte between two."""
-    digests: str | None
+    count: int = 0
+    ids: str = ""
+    """Base64 of zlib of the ids in UTF-8, a zero byte between two; empty for no samples."""
+    digests: str | None = None
     """Base64 of the samples' :attr:`Content.digest`, one after the other; None where images were not compared."""
 
     def __post_init__(self) -> None:
         try:
-            fits = len(self.names()) == self.count and len(self.pixels() or ()) in {
-                self.count,
-                0 if self.digests is None else -1,
-            }
+            size = None if self.digests is None else len(b"".join(self.pixels() or ()))
+            fits = len(self.names()) == self.count and size in (None, self.count * DIGEST_BYTES)
         except (binascii.Error, zlib.error, UnicodeDecodeError):
             fits = False
         if not fits:
-            raise ConfigError(f"a list of {self.count} samples does not unpack to as many ids and digests")
+            raise ConfigError(f"expected {self.count} ids and as many digests, packed as docs/format.md says")
 
     @classmethod
     def of(cls, samples: Sequence[Sample], contents: Mapping[str, Content] | None) -> SampleList:
@@ -45,14 +43,15 @@ class SampleList:
         digests = None if contents is None else b"".join(contents[sample.id].digest for sample in samples)
         return cls(
             count=len(samples),
-            ids=base64.b64encode(zlib.compress(ids, 9)).decode(),
+            ids=base64.b64encode(zlib.compress(ids, 9)).decode() if samples else "",
             digests=None if digests is None else base64.b64encode(digests).decode(),
         )
 
     def names(self) -> list[str]:
         """The ids."""
-        text = zlib.decompress(base64.b64decode(self.ids, validate=True)).decode()
-        return text.split("\0") if text else []
+        if not self.ids:
+            return []
+        return zlib.decompress(base64.b64decode(self.ids, validate=True)).decode().split("\0")
 
     def pixels(self) -> list[bytes] | None:
         """The digests, in the order of the ids."""
@@ -66,13 +65,13 @@ class SampleList:
 class Seen:
     """What a network has seen of which samples."""
 
-    labels_of: SampleList
+    labels_of: SampleList = SampleList()
     """Role train: it has learned from their images and labels."""
-    images_of: SampleList
+    images_of: SampleList = SampleList()
     """Role auxiliary: it has learned from their images."""
-    selected_on: SampleList
+    selected_on: SampleList = SampleList()
     """Role select: its checkpoint was chosen by its scores on them."""
-    contaminated: int | None
+    contaminated: int | None = None
     """How many samples of role select or report show an image that it has learned from; None: not compared."""
 
     def to_dict(self) -> dict[str, Any]:
