@@ -186,8 +186,8 @@ def main() -> None:
         f"{LEAST_CONTRAST:g} are needed"
     )
     print(f"{result['content_ms']:.2f} ms an image for digest and tones, beside decoding, one thread")
-    for row in sizes:
-        print(f"{row['first']:>9,.0f} images in {row['second']:>9,.0f} others: {row['seconds']:6.2f} s, one thread")
+    for size in sizes:
+        print(f"{size['first']:>9,.0f} images in {size['second']:>9,.0f} others: {size['seconds']:6.2f} s, one thread")
 
 
 if __name__ == "__main__":
