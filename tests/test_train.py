@@ -55,6 +55,7 @@ from segkd.storage.errors import (
     NonFiniteError,
     OutputExistsError,
 )
+from segkd.storage.reader import CacheReader
 
 CLASSES = ("sky", "road", "car")
 COLOURS = np.array([[90, 120, 220], [110, 110, 110], [200, 40, 40]])
@@ -682,6 +683,62 @@ def damaged_copy(run: RunConfig, folder: Path) -> tuple[RunConfig, int]:
     shard = min(path for path in cache.rglob("soft/c*") if path.is_file())
     shard.write_bytes(shard.read_bytes()[:-9])
     return replace(run, cache=replace(run.cache, path=str(cache))), COUNTS["auxiliary"]
+
+
+def test_auxiliary_samples_are_filtered_by_the_rows_of_the_cache(run: RunConfig, tmp_path: Path) -> None:
+    """How many are drawn is kept in run.json, which stays JSON."""
+    (tmp_path / "teacher.py").write_text("from torch import nn\ndef build():\n    return nn.Conv2d(3, 3, 9, 4, 4)\n")
+    teacher = NetworkConfig(reference=f"{tmp_path}/teacher.py:build")
+    run = replace(run, teacher=teacher, cache=replace(run.cache, path=str(tmp_path / "cache.zarr")))
+    teacher_cache(run)
+    reader = CacheReader(run.cache.path)
+    measured = sorted(
+        (reader.entry(entry.id).measures["soft.confidence"], entry.id) for entry in reader.entries("auxiliary")
+    )
+    limit = measured[2][0]
+    expected = {name for confidence, name in measured if confidence >= limit}
+    assert 0 < len(expected) < 4
+    filtered = change(run, steps=2, warmup=0, least_confidence=limit)
+    stream = open_inputs(filtered, filtered.the_student(), distill=True).stream
+    drawn = {draw.sample.id for step in range(8) for draw in stream.draws(step) if draw.sample.role == Role.AUXILIARY}
+    assert drawn == expected
+    train(filtered, tmp_path / "out")
+    text = (tmp_path / "out" / "run.json").read_text()
+    document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert document["pools"] == {
+        "train": {"samples": 5, "drawn": 5},
+        "auxiliary": {"samples": 4, "drawn": len(expected)},
+    }
+    assert document["configuration"]["train"]["most_entropy"] == "inf"
+    train(filtered, tmp_path / "out", resume=True)
+    with pytest.raises(CheckpointError, match=r"differs in train\.least_confidence"):
+        train(change(filtered, least_confidence=0.0), tmp_path / "out", resume=True)
+    with pytest.raises(ConfigError, match="which none of the 4 auxiliary samples satisfies"):
+        train(change(run, least_confidence=1.0), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("mode", ["joint", "labelled", "separate", "frozen"])
+def test_mixed_batches_under_every_batch_norm(run: RunConfig, tmp_path: Path, mode: str) -> None:
+    """With CutMix and a loader process: the same product in name and shape, and resuming as if nothing had happened."""
+    mixing = replace(change(run, steps=6, batch_norm=mode), augment=replace(run.augment, cutmix=0.7))
+    train(change(mixing, workers=1), tmp_path / "whole")
+    losses = [line["loss"] for line in records(tmp_path / "whole") if "loss" in line]
+    assert all(math.isfinite(loss) for loss in losses)
+    with pytest.raises(TrainingStopped):
+        train(mixing, tmp_path / "stopped", progress=SignalAt("train", 3, signal.SIGTERM))  # type: ignore[arg-type]
+    train(mixing, tmp_path / "stopped", resume=True)
+    assert_same_tensors(tmp_path / "whole" / "last.safetensors", tmp_path / "stopped" / "last.safetensors")
+    _, tensors = checkpoint.load(tmp_path / "whole" / "last.safetensors")
+    network = load_network(mixing.the_student(), len(CLASSES))
+    held = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    assert {name: value.shape for name, value in network.state_dict().items()} == {
+        name: value.shape for name, value in held.items()
+    }
+    moved = not torch.equal(held["network.body.1.running_mean"], network.state_dict()["network.body.1.running_mean"])
+    assert moved == (mode != "frozen")
+    learned = held["network.body.1.weight"] != 1
+    assert learned.any(), "affine parameters learn in every mode"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -43,7 +43,7 @@ class Batch:
     labels_NHW: Tensor
     """int64, 255 = ignore; all 255 where a sample's label may not be used."""
     labelled_N: Tensor
-    """bool: whether the crop comes from a sample of role train."""
+    """bool: whether the crop comes from a sample of role train. Such crops come first."""
     sources: Sources | None
     """None when nothing is distilled."""
     damaged: Mapping[str, str] = field(default_factory=dict)

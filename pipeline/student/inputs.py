@@ -93,7 +93,12 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool) -> Inp
     if cache is not None and not run.loss.allow_unpromised:
         check_promise(cache.spec, objective.knowledge, str(cache.path))
     config = StreamConfig(
-        labelled=train.labelled, auxiliary=train.auxiliary, seed=train.seed, on_damage=train.on_damage
+        labelled=train.labelled,
+        auxiliary=train.auxiliary,
+        least_confidence=train.least_confidence,
+        most_entropy=train.most_entropy,
+        seed=train.seed,
+        on_damage=train.on_damage,
     )
     stream = TrainStream(source, cache, objective.targets, config, run.augment, student.preprocessing)
     weights = class_weights(source, train)

@@ -143,7 +143,7 @@ class _Training:
         for line in self._folder.records() if first else ():
             self._damaged |= line.get("damaged", {}) if line["step"] <= first else {}
         if first < config.steps or self._validation_is_due():
-            self._folder.open(_run_document(self._state, self._trainer), first)
+            self._folder.open(_run_document(self._state, self._inputs, self._trainer), first)
             self._save()  # Before anything is computed: a disk that cannot be written to shows now.
             self._validate_if_due()
             with self._progress.task("train", config.steps, unit="step", done=first) as task:
@@ -269,12 +269,13 @@ def _fingerprints(inputs: Inputs) -> dict[str, str]:
     return {} if inputs.cache is None else dict(inputs.cache.spec.fingerprints)
 
 
-def _run_document(state: Description, trainer: Trainer) -> dict[str, Any]:
+def _run_document(state: Description, inputs: Inputs, trainer: Trainer) -> dict[str, Any]:
     """What run.json holds."""
     versions = {"segkd": __version__, "python": platform.python_version(), "torch": torch.__version__}
     return {
         "configuration": state.run,
         "samples": state.samples,
+        "pools": inputs.stream.pools,
         "classes": list(state.classes.names),
         "versions": {**versions, "numpy": np.__version__},
         "device": str(trainer.device),

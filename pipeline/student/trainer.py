@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from segkd.pipeline.data.batch import Batch
 from segkd.pipeline.models.layers import Network
 from segkd.pipeline.models.predictor import AUTOCAST_DTYPES
+from segkd.pipeline.student.batch_norm import BatchNorms
 from segkd.pipeline.student.checkpoint import EMA, MODEL, load_weights, part
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.ema import Ema
@@ -43,6 +44,7 @@ class Trainer:
     ) -> None:
         self.network = network.to(device).train()
         self.config, self.objective, self.device = config, objective, device
+        self._batch_norms = BatchNorms(network, config.batch_norm)
         self._cache = cache
         self._class_weights = None if class_weights is None else class_weights.to(device)
         self._optimiser = make_optimiser(network, config)
@@ -65,10 +67,11 @@ class Trainer:
         NaN or infinite; what the network raises, such as NetworkError for a batch too small for its batch norm.
         """
         rate = set_learning_rate(self._optimiser, step, self.config)
+        labelled = int(batch.labelled_N.sum())
         batch = batch.to(self.device)
         (height, width), fed = batch.labels_NHW.shape[-2:], batch.images_N3HW.shape[-2:]
         student = self.network.grid.mapping_in((height, width), (fed[0], fed[1]))
-        logits_NChw = self._forward(batch.images_N3HW)
+        logits_NChw = self._forward(batch.images_N3HW, labelled)
         decoded = self._decode(batch)
         objective = self.objective.at(step, self.config.steps)
         loss, terms = total_loss(logits_NChw, student, batch, decoded, objective, self._class_weights)
@@ -85,11 +88,13 @@ class Trainer:
         measured = {name: term.item() for name, term in terms.items()}
         return {"loss": loss.item(), **measured, "learning_rate": rate, "gradient": gradient}
 
-    def _forward(self, images_N3HW: Tensor) -> Tensor:
+    def _forward(self, images_N3HW: Tensor, labelled: int) -> Tensor:
+        """Logits of a batch whose first ``labelled`` crops are labelled."""
         amp = self.config.amp
         # The fastest layout for convolutions, on CPUs too; their outputs keep it.
         images_N3HW = images_N3HW.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, AUTOCAST_DTYPES.get(amp), enabled=amp in AUTOCAST_DTYPES):
+        mixed = torch.autocast(self.device.type, AUTOCAST_DTYPES.get(amp), enabled=amp in AUTOCAST_DTYPES)
+        with mixed, self._batch_norms.of_batch(labelled, len(images_N3HW)):
             logits_NChw: Tensor = self.network(images_N3HW)
         if not logits_NChw.requires_grad:
             raise NetworkError(
