@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from segkd.pipeline.data.config import DataConfig
-from segkd.pipeline.data.files import names_under
+from segkd.pipeline.data.names import names_under
 from segkd.pipeline.data.readers import find, open_data
 from segkd.pipeline.data.sample import DataSource, Role, with_role
 from segkd.pipeline.data.scenes import SceneConfig

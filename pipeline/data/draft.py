@@ -13,8 +13,10 @@ from typing import Any, Literal
 import numpy as np
 
 from segkd.pipeline.data import images
-from segkd.pipeline.data.files import names_under, split_extension
 from segkd.pipeline.data.labels import colour_key
+from segkd.pipeline.data.layouts.layout import Layout
+from segkd.pipeline.data.names import names_under, split_extension
+from segkd.pipeline.data.recognition import below, recognised
 from segkd.pipeline.data.sample import IGNORE, Role
 from segkd.pipeline.settings import to_toml_value
 from segkd.storage.errors import DataError
@@ -24,6 +26,8 @@ _LOOKED_AT = 64
 _MOST_COLOURS = 256
 """More different ones than this are no classes."""
 _CAMVID_VALUES = range(12)
+_SEGNET = "CamVid (SegNet)"
+"""Its folders may hold other label maps, so they are looked into."""
 _LABELS_NAME = re.compile("label|annot|mask|gt|truth|segm|target", re.IGNORECASE)
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -43,10 +47,14 @@ class _Layout:
 def draft(root: str | Path) -> str:
     """A TOML table ``[data]`` for the folder ``root``, with placeholders for what files cannot tell.
 
-    Recognises SegNet's folders, a folder of images beside one of label maps, and both in one folder. Raises DataError
-    where there are no images, or label maps that cannot be ones.
+    Recognises the published data sets, here or a little below, SegNet's folders, a folder of images beside one of label
+    maps, and both in one folder. Raises DataError where there are no images, or label maps that cannot be ones.
     """
     root = Path(root)
+    for folder in below(root):
+        published = recognised(folder)
+        if published is not None and published[1].title != _SEGNET:
+            return _published(folder, *published)
     names = sorted(names_under(root))
     layout = _segnet(names) or _pairs(root, names)
     meaning = _meaning([root / name for name in _spread(layout.labels, _LOOKED_AT)])
@@ -61,6 +69,21 @@ def draft(root: str | Path) -> str:
             f"root = {to_toml_value(str(root))}",
             *([f"classes = {to_toml_value(meaning.classes)}"] if meaning.classes else []),
             *(line for name, table in tables.items() if table for line in ("", f"[data.{name}]", *_entries(table))),
+            "",
+        ]
+    )
+
+
+def _published(root: Path, reader: str, layout: Layout) -> str:
+    """The description of a published data set: nearly all of it is known."""
+    return "\n".join(
+        [
+            f"# {layout.title}. Official roles: {layout.find(root).roles_told}.",
+            "# For samples of role select divide the training part by group (or give all roles by lists or folders):",
+            "#     fractions = { train = 0.9, select = 0.1 }",
+            "[data]",
+            f"reader = {to_toml_value(reader)}",
+            f"root = {to_toml_value(str(root))}",
             "",
         ]
     )

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from segkd.pipeline.data.batch import Batch, Sources
 from segkd.pipeline.data.photometric import jitter
 from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample, with_role
-from segkd.pipeline.data.transforms import AugmentConfig, Crop, Window, window_of
+from segkd.pipeline.data.transforms import AugmentConfig, BoolArray, Crop, Window, window_of
 from segkd.pipeline.models.network import Preprocessing
 from segkd.pipeline.models.preprocessing import normalise
 from segkd.storage.errors import CacheDamagedError, CacheMismatchError, ConfigError, ContaminationError, DataError
@@ -140,7 +140,8 @@ class TrainStream(Dataset[Batch]):
         image = self._source.image(sample)
         crop = Crop.draw(rng, image.shape[:2], self._augment)
         strength = self._augment.photometric if labelled else self._augment.auxiliary_photometric
-        knowledge, damage = self._knowledge_or_damage(sample, crop)
+        owned = self._owned(sample, crop) if labelled else crop.inside()
+        knowledge, damage = self._knowledge_or_damage(sample, crop, owned)
         return _Item(
             image=jitter(crop.image(image), rng, strength),
             labels=crop.labels(self._label_map(sample, crop)) if labelled else np.full(crop.size, IGNORE, np.uint8),
@@ -158,11 +159,18 @@ class TrainStream(Dataset[Batch]):
             )
         return labels
 
-    def _knowledge_or_damage(self, sample: Sample, crop: Crop) -> tuple[_Knowledge | None, str | None]:
+    def _owned(self, sample: Sample, crop: Crop) -> BoolArray:
+        """H,W of the crop: pixels that show the image, and of it something of the scene."""
+        excluded = None if self._cache is None else self._source.excluded(sample)
+        return crop.inside() if excluded is None else crop.labels(excluded.astype(np.uint8)) == 0
+
+    def _knowledge_or_damage(
+        self, sample: Sample, crop: Crop, owned: BoolArray
+    ) -> tuple[_Knowledge | None, str | None]:
         if self._cache is None:
             return None, None
         try:
-            return self._knowledge(self._cache, sample, crop), None
+            return self._knowledge(self._cache, sample, crop, owned), None
         except CacheDamagedError as error:
             if self._config.on_damage == "fail":
                 raise CacheDamagedError(
@@ -171,10 +179,10 @@ class TrainStream(Dataset[Batch]):
                 ) from error
             return _no_knowledge(self._cache, self._targets), str(error)
 
-    def _knowledge(self, cache: CacheReader, sample: Sample, crop: Crop) -> _Knowledge:
+    def _knowledge(self, cache: CacheReader, sample: Sample, crop: Crop, owned: BoolArray) -> _Knowledge:
         entry = cache.entry(sample.id)
         self._check_image(sample, entry, crop)
-        window = window_of(crop, entry.mapping, crop.inside())
+        window = window_of(crop, entry.mapping, owned)
         return _Knowledge(
             window=window,
             codes={name: cache.window(entry, name, window.rows, window.columns) for name in self._targets},
