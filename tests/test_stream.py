@@ -47,6 +47,8 @@ class FakeSource:
         planes = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
         return np.stack([*planes, np.full((height, width), len(sample.id))], axis=-1).astype(np.uint8)
 
+    def excluded(self, sample: Sample) -> None: ...
+
     def image_digest(self, sample: Sample) -> bytes:
         self.digests.append(sample.id)
         return hashlib.sha256(self.image(sample).tobytes()).digest()

@@ -14,6 +14,7 @@ import numpy as np
 
 from segkd.pipeline.data import images
 from segkd.pipeline.data.labels import colour_key
+from segkd.pipeline.data.layouts.camvid import SEGNET
 from segkd.pipeline.data.layouts.layout import Layout
 from segkd.pipeline.data.names import names_under, split_extension
 from segkd.pipeline.data.recognition import below, recognised
@@ -26,8 +27,6 @@ _LOOKED_AT = 64
 _MOST_COLOURS = 256
 """More different ones than this are no classes."""
 _CAMVID_VALUES = range(12)
-_SEGNET = "CamVid (SegNet)"
-"""Its folders may hold other label maps, so they are looked into."""
 _LABELS_NAME = re.compile("label|annot|mask|gt|truth|segm|target", re.IGNORECASE)
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -51,9 +50,10 @@ def draft(root: str | Path) -> str:
     maps, and both in one folder. Raises DataError where there are no images, or label maps that cannot be ones.
     """
     root = Path(root)
+    # SegNet's folders may hold label maps of others, so these are looked into.
     for folder in below(root):
         published = recognised(folder)
-        if published is not None and published[1].title != _SEGNET:
+        if published is not None and published[1] is not SEGNET:
             return _published(folder, *published)
     names = sorted(names_under(root))
     layout = _segnet(names) or _pairs(root, names)

@@ -123,7 +123,7 @@ class LabelMap:
         return f"{place}: {what} {code} is no class{expected}; map all values of these files in {table}"
 
 
-def describe(config: DataConfig, layout: Layout | None) -> tuple[Classes, LabelMap]:
+def describe(config: DataConfig, layout: Layout | None = None) -> tuple[Classes, LabelMap]:
     """The classes of a data set of files and the meaning of its label maps. Raises ConfigError.
 
     ``layout``: that of a published data set. Its values keep their meaning but for those that ``config`` maps, unless

@@ -12,7 +12,7 @@ from segkd.storage.errors import DataError
 
 _LEVELS = 2
 """How far above and below a wrong root the right one is looked for."""
-_MOST_FOLDERS = 200
+_MOST_FOLDERS = 40
 """More folders than this beside each other are the data's own."""
 
 

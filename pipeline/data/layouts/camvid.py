@@ -115,22 +115,21 @@ def _customary_role(root: Path, sample: str) -> Role:
     return Role.SELECT if sequence == "0016E5" and 7959 <= frame <= 8159 else Role.TRAIN
 
 
-CAMVID = (
-    Layout(
-        title="CamVid (SegNet)",
-        expects=("?*annot",),
-        find=_find_segnet,
-        classes=_CLASSES,
-        meaning={**dict(enumerate(_CLASSES)), _VOID: IGNORED},
-        group=_SEQUENCE,
-    ),
-    Layout(
-        title="CamVid (original)",
-        expects=("701_StillsRaw_full", "LabeledApproved_full"),
-        find=_find_original,
-        classes=_CLASSES,
-        kind="colours",
-        meaning={code_of(colour): name for name, colours in _COLOURS.items() for colour in colours.values()},
-        group=_SEQUENCE,
-    ),
+SEGNET = Layout(
+    title="CamVid (SegNet)",
+    expects=("?*annot",),
+    find=_find_segnet,
+    classes=_CLASSES,
+    meaning={**dict(enumerate(_CLASSES)), _VOID: IGNORED},
+    group=_SEQUENCE,
 )
+_ORIGINAL = Layout(
+    title="CamVid (original)",
+    expects=("701_StillsRaw_full", "LabeledApproved_full"),
+    find=_find_original,
+    classes=_CLASSES,
+    kind="colours",
+    meaning={code_of(colour): name for name, colours in _COLOURS.items() for colour in colours.values()},
+    group=_SEQUENCE,
+)
+CAMVID = (SEGNET, _ORIGINAL)
