@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from collections import Counter
@@ -36,6 +37,8 @@ class FakeSource:
     forbidden: frozenset[Role] = frozenset({Role.AUXILIARY, Role.SELECT, Role.REPORT})
     classes: Classes = CLASSES
     label_size: tuple[int, int] | None = None
+    hidden_from: int | None = None
+    """The first column that shows nothing of the scene."""
     digests: list[str] = field(default_factory=list)
 
     def size(self, sample: Sample) -> tuple[int, int]:
@@ -47,7 +50,12 @@ class FakeSource:
         planes = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
         return np.stack([*planes, np.full((height, width), len(sample.id))], axis=-1).astype(np.uint8)
 
-    def excluded(self, sample: Sample) -> None: ...
+    def excluded(self, sample: Sample) -> npt.NDArray[np.bool_] | None:
+        assert sample.role not in self.forbidden, "the labels of such a sample must not be opened"
+        if self.hidden_from is None:
+            return None
+        height, width = self.size(sample)
+        return np.broadcast_to(np.arange(width) >= self.hidden_from, (height, width))
 
     def image_digest(self, sample: Sample) -> bytes:
         self.digests.append(sample.id)
@@ -170,6 +178,32 @@ def test_the_same_crops_are_cut_with_and_without_a_cache() -> None:
     assert alone.sources is None
     assert torch.equal(distilled.images_N3HW, alone.images_N3HW)
     assert torch.equal(distilled.labels_NHW, alone.labels_NHW)
+
+
+def test_no_cell_counts_that_shows_nothing_of_the_scene() -> None:
+    seen, hidden = make_stream(), make_stream(dataclasses.replace(make_source(), hidden_from=20))
+    lost = 0
+    for step in range(20):
+        before, after = seen[step], hidden[step]
+        assert torch.equal(before.images_N3HW, after.images_N3HW)
+        assert torch.equal(before.labels_NHW, after.labels_NHW)
+        assert before.sources is not None
+        assert after.sources is not None
+        # Channel 1 of the codes is the column + 1. Cells are 3.7 to 4 pixels wide, and a crop pixel shows up to 2.
+        centres_Shw = 4 * before.sources.codes["soft"][:, 1] - 2.5
+        counts, lasting = before.sources.counts_Shw, after.sources.counts_Shw
+        assert torch.equal(counts[2:], lasting[2:]), "labels of auxiliary samples are not opened"
+        assert torch.equal((counts & (centres_Shw < 17))[:2], (lasting & (centres_Shw < 17))[:2])
+        assert not (lasting & (centres_Shw > 24))[:2].any()
+        lost += int((counts & ~lasting).sum())
+        assert not (after.sources.counts_first_Shw & ~lasting).any()
+    assert lost > 100
+
+
+def test_without_a_cache_nobody_asks_what_is_hidden() -> None:
+    source = dataclasses.replace(make_source(), hidden_from=20, forbidden=frozenset({Role.SELECT, Role.REPORT}))
+    source.excluded = None  # type: ignore[assignment, method-assign]
+    assert make_stream(source, auxiliary=0, distil=False)[0].sources is None
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
