@@ -413,6 +413,12 @@ def test_train_ids_under_the_name_of_label_ids(tmp_path: Path) -> None:
     )
 
 
+def test_label_ids_under_the_name_of_train_ids(tmp_path: Path) -> None:
+    cityscapes(tmp_path, "labelTrainIds", (7, 23, 0, 1))
+    with pytest.raises(DataError, match="row 0, column 1: value 23 means nothing in Cityscapes, expected 0-18, 255; "):
+        row(open_data(reader("cityscapes", tmp_path)), "train/aachen/aachen_000000_000019")
+
+
 @pytest.mark.parametrize(
     ("label_id", "train_id"),
     [(6, 255), (7, 0), (8, 1), (9, 255), (11, 2), (13, 4), (17, 5), (18, 255), (19, 6), (23, 10), (26, 13), (31, 16)],

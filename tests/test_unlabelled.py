@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from segkd.cli.main import main
 from segkd.pipeline.data.check import check
 from segkd.pipeline.data.config import DataConfig
 from segkd.pipeline.data.readers import open_data
 from segkd.pipeline.data.sample import DataSource, Role
 from segkd.pipeline.data.scenes import SceneConfig
 from segkd.storage.errors import ConfigError, DataError
+from segkd.storage.reader import CacheReader
 
 
 def put(root: Path, *names: str) -> None:
@@ -118,6 +121,19 @@ def test_check_counts_them(tmp_path: Path) -> None:
         f"{tmp_path}/clips/b.png: cannot be read (not an image of a known format); "
         "restore the file or take it out of the data"
     ]
+
+
+def test_both_stages_take_them(run: Path) -> None:
+    put(run.parent, "clips/day/a.png", "clips/b.png")
+    for name in ("day/a", "b"):
+        file = run.parent / f"clips/{name}.png"
+        Image.open(file).resize((40, 32)).save(file)
+    added = ["--set", f'data.unlabelled=["{run.parent}/clips"]', "--set", "train.auxiliary=4"]
+    for command, options in (("teacher-cache", []), ("train-student", ["-o", str(run.parent / "student")])):
+        result = CliRunner().invoke(main, [command, "-c", str(run), "-q", *added, *options])
+        assert result.exit_code == 0, result.output
+    cache = CacheReader(run.parent / "cache.zarr")
+    assert cache.entry("unlabelled/clips/day/a").role == "auxiliary"
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:

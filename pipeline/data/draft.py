@@ -79,11 +79,11 @@ def _published(root: Path, reader: str, layout: Layout) -> str:
     return "\n".join(
         [
             f"# {layout.title}. Official roles: {layout.find(root).roles_told}.",
-            "# For samples of role select divide the training part by group (or give all roles by lists or folders):",
-            "#     fractions = { train = 0.9, select = 0.1 }",
             "[data]",
             f"reader = {to_toml_value(reader)}",
             f"root = {to_toml_value(str(root))}",
+            "# Some groups of the training part for role select; lists or folders would give all roles instead:",
+            "# fractions = { train = 0.9, select = 0.1 }",
             "",
         ]
     )
