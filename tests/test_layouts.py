@@ -593,8 +593,7 @@ def test_lists_may_name_files(tmp_path: Path) -> None:
 NEEDS = "is not laid out as reader '{}' needs it; looked for {}"
 VOC = NEEDS.format(
     "voc2012",
-    "JPEGImages and SegmentationClass and ImageSets/Segmentation, "
-    "without JPEGImages and SegmentationClass and ImageSets/Segmentation",
+    "JPEGImages and SegmentationClass and ImageSets/Segmentation: found none of it",
 )
 
 
@@ -636,7 +635,7 @@ def test_a_download_without_its_labels(tmp_path: Path) -> None:
     for file in tmp_path.glob("gtFine/*/*/*.png"):
         file.rename(file.with_name(file.name.replace("labelIds", "color")))
     with pytest.raises(
-        DataError, match=r"looked for leftImg8bit/\*/\* and .*, without gtFine/\*/\*/\*_gtFine_labelIds"
+        DataError, match=r"looked for leftImg8bit/\*/\* and .*: found all but gtFine/\*/\*/\*_gtFine_labelIds"
     ):
         open_data(reader("cityscapes", tmp_path))
 

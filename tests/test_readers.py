@@ -458,8 +458,8 @@ def test_camvid_without_its_splits(tmp_path: Path) -> None:
     assert roles(source) == {"day/a": "train"}
     refused(
         DataConfig(reader="camvid", root=str(tmp_path / "dayannot")),
-        f"{tmp_path}/dayannot: is not laid out as reader 'camvid' needs it; looked for ?*annot, without ?*annot; or "
-        "701_StillsRaw_full and LabeledApproved_full, without 701_StillsRaw_full and LabeledApproved_full; "
+        f"{tmp_path}/dayannot: is not laid out as reader 'camvid' needs it; looked for ?*annot: found none of it; "
+        "or for 701_StillsRaw_full and LabeledApproved_full: found none of it; "
         f'set data.root = "{tmp_path}", where it is',
     )
 

@@ -55,11 +55,13 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def _not_there(reader: str, root: Path) -> str:
-    """What was looked for, edition by edition."""
-    titles = [
-        f"{' and '.join(layout.expects)}, without {' and '.join(layout.missing(root))}" for layout in LAYOUTS[reader]
-    ]
-    return f"{root}: is not laid out as reader '{reader}' needs it; looked for {'; or '.join(titles)}"
+    """What was looked for and what of it is missing, edition by edition."""
+    told = []
+    for layout in LAYOUTS[reader]:
+        missing = layout.missing(root)
+        found = "none of it" if len(missing) == len(layout.expects) else f"all but {' and '.join(missing)}"
+        told.append(f"{' and '.join(layout.expects)}: found {found}")
+    return f"{root}: is not laid out as reader '{reader}' needs it; looked for {'; or for '.join(told)}"
 
 
 def _remedy(reader: str, root: Path) -> str:
