@@ -101,7 +101,7 @@ def coded(sample: PlannedSample, seed: int) -> CodedSample:
     levels = rng.integers(0, 255, (3, *shape), np.uint8)
     values = np.log(rng.dirichlet(np.ones(3), shape).transpose(2, 0, 1)).astype(np.float16)
     return CodedSample(
-        image_digest=hashlib.sha256(f"{sample.id} {seed}".encode()).digest(),
+        image_digest=hashlib.sha256(f"{sample.id} {seed}".encode()).digest()[:16],
         codes={"soft": values if exact else levels, "first_order": rng.integers(0, 256, (1, *shape), np.uint8)},
         rungs={"soft": EXACT if exact else 0, "first_order": 0},
         measures={"soft": {"kl_cells": rng.uniform(0, 1e-3)}, "first_order": {"largest_error": rng.uniform(0, 0.01)}},

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from segkd.storage.coding import EXACT, CompandedDistribution
 from segkd.storage.geometry import Mapping, network_axis
-from segkd.storage.layout import PlannedSample, plan_units, tile_shape
+from segkd.storage.layout import PlannedSample, plan_units, tile_shape, usual_tile
 from segkd.storage.reader import CacheReader, WindowRequest
 from segkd.storage.spec import CacheSpec, TargetSpec
 from segkd.storage.table import CodedSample
@@ -73,14 +73,15 @@ def generate(path: Path, codec: str, *, classes: int, grid: tuple[int, int], sam
         codec=codec,
     )
     names = tuple(f"class-{number}" for number in range(classes))
-    spec = CacheSpec(classes=names, targets={"soft": soft}, tile=64, fingerprints={}, teacher={})
     size = 4 * grid[0], 4 * grid[1]
     mapping = Mapping(network_axis(size[0], grid[0]), network_axis(size[1], grid[1]))
     planned = [
         PlannedSample(id=f"train/{number:04}", role="train", image_size=size, mapping=mapping)
         for number in range(samples)
     ]
-    writer = CacheWriter(path, spec, plan_units(planned, unit_samples=32, tile=64))
+    tile = usual_tile(planned)
+    spec = CacheSpec(classes=names, targets={"soft": soft}, tile=tile, fingerprints={}, teacher={})
+    writer = CacheWriter(path, spec, plan_units(planned, unit_samples=32, tile=tile))
     for unit in writer.pending():
         writer.write(unit, [_coded(coder, sample.id, classes, grid) for sample in writer.plan.of(unit)])
     writer.seal()
@@ -101,7 +102,7 @@ def _coded(coder: CompandedDistribution, name: str, classes: int, grid: tuple[in
             break
     measures = {"soft": {"kl": max(kl, 0.0)}}
     return CodedSample(
-        image_digest=bytes(32), codes={"soft": codes[0]}, rungs={"soft": int(rungs[0])}, measures=measures
+        image_digest=bytes(16), codes={"soft": codes[0]}, rungs={"soft": int(rungs[0])}, measures=measures
     )
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from overhead import count
 
 from segkd.storage.coding import CompandedDistribution
 from segkd.storage.geometry import Mapping, network_axis
@@ -71,10 +72,10 @@ def write(path: Path, samples: int) -> int:
     rng, payload = np.random.default_rng(0), 0
     for unit in writer.pending():
         fields = rng.integers(0, 9, (unit.samples, CLASSES, 2, 2), np.uint8).repeat(4, axis=2).repeat(4, axis=3)
-        digests = rng.bytes(32 * unit.samples)
+        digests = rng.bytes(16 * unit.samples)
         coded = [
             CodedSample(
-                image_digest=digests[32 * k : 32 * k + 32],
+                image_digest=digests[16 * k : 16 * k + 16],
                 codes={"soft": field},
                 rungs={"soft": 0},
                 measures={"soft": {"kl_cells": 5e-4, "kl_pixels": 4e-4}},
@@ -93,22 +94,19 @@ def measure(path: Path, samples: int, reads: int) -> Iterator[Measurement]:
     total = write(path, samples)
     seconds = time.perf_counter() - begin
     yield Measurement(samples, "written", seconds, "s", f"{samples / seconds:,.0f} samples/s, {total / 1e6:,.1f} MB")
-    yield from overhead(path, samples)
+    yield from overhead(path)
     # By a process that has not written, so that its memory is a worker's.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         yield from pool.apply(reading, (path, samples, reads))
 
 
-def overhead(path: Path, samples: int) -> Iterator[Measurement]:
-    """Bytes of a sample that are not its codes, by the lengths of the files."""
-    soft = [file.stat().st_size for file in path.glob("generations/0/soft/c*")]
-    reader = CacheReader(path)
-    index = len(soft) * (16 * reader.generations[0].plan.shard_tiles + 4)
-    every = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    beside = every - sum(soft) + index
-    parts = f"shard indexes {index / samples:.1f}, tables and metadata {(every - sum(soft)) / samples:.1f}"
-    yield Measurement(samples, "besides the codes", beside / samples, "bytes/sample", parts)
-    yield Measurement(samples, "codes", (every - beside) / samples, "bytes/sample", f"{CLASSES}x{CELLS}x{CELLS}")
+def overhead(path: Path) -> Iterator[Measurement]:
+    """Bytes of a sample that are not its codes."""
+    found = count(path)
+    parts = ", ".join(f"{name} {size / found.samples:.1f}" for name, size in found.parts.items())
+    yield Measurement(found.samples, "besides the codes", found.a_sample, "bytes/sample", parts)
+    codes = found.payload / found.samples
+    yield Measurement(found.samples, "codes", codes, "bytes/sample", f"{CLASSES}x{CELLS}x{CELLS}")
 
 
 def reading(path: Path, samples: int, reads: int) -> list[Measurement]:

@@ -26,12 +26,12 @@ RUNGS_OF_A_LADDER = 250
 """Levels times floors, without the finest level: a row has one byte for the rung."""
 MOST_COUNTED = 8
 """Up to so many codes that are not 0 raise what the zeros of a cell decode to: more say no more about the others."""
-_ADDED = np.zeros((2, 1, MOST_COUNTED, 256), np.float32)
-"""What is added to the logarithm that each code stands for, where so many codes of its cell are not 0, less one; first
-to have every code's, then those alone that have a probability of their own.
-"""
-_ADDED[0, ..., 0] = np.log(np.arange(1, MOST_COUNTED + 1))
-_ADDED[1, ..., [0, TOP]] = -np.inf
+_TIMES = np.zeros((1 + MOST_COUNTED, 256), np.float32)
+"""What is added to the logarithm that each code stands for, where a 0 holds so many times its floor; see below."""
+_TIMES[1:, 0] = np.log(np.arange(1, MOST_COUNTED + 1))
+_KNOWN = np.zeros(256, np.float32)
+"""What is added to have the logarithms of those codes alone that have a probability of their own."""
+_KNOWN[[0, TOP]] = -np.inf
 _AHEAD = 1.001
 """How many times the next probability the argmax has at least, where the others leave less than that."""
 
@@ -121,29 +121,30 @@ class CompandedDistribution:
         if xp.isdtype(codes_SChw.dtype, "real floating"):
             return from_float16(codes_SChw)
         place, (samples, classes) = device(codes_SChw), codes_SChw.shape[:2]
-        # Two tables a sample: a row for each number of codes that are not 0, in it what the 256 codes stand for.
-        rows = _looked_up(xp.asarray(self._logs, device=place), xp.astype(rungs_S, xp.int64))
-        both = rows[None, :, None, :] + xp.asarray(_ADDED, device=place)
-        logs, known = both[0, ...], xp.exp(both[1, ...])
+        logs = _looked_up(xp.asarray(self._logs, device=place), xp.astype(rungs_S, xp.int64))
+        known = xp.exp(logs + xp.asarray(_KNOWN, device=place))
+        # How many times its floor each zero of a cell holds, by how many of the cell's codes are not 0.
+        times = np.minimum(np.arange(classes + 1, dtype=np.int32), MOST_COUNTED)
+        times[classes] = 0
         # Sums of bytes are much the cheapest, where they fit one.
         counted = xp.sum(
             xp.astype(codes_SChw, xp.bool), axis=1, keepdims=True, dtype=xp.uint8 if classes <= 255 else xp.int32
         )
-        counted = xp.astype(counted, xp.float32)
-        zeros, row = classes - counted, xp.clip(counted, min=1, max=MOST_COUNTED)
-        floors = row * xp.exp(rows[:, :1])[:, :, None, None]
-        offset = 256 * xp.astype(row, xp.int32) - 256
+        counted = xp.astype(counted, xp.int32)
+        times = _looked_up(xp.asarray(times, device=place), counted)
+        floors = xp.exp(logs[:, :1])[:, :, None, None] * xp.astype(times, xp.float32)
+        index, sample = xp.astype(codes_SChw, xp.int32), 0
         if samples > 1:
-            offset += 256 * MOST_COUNTED * xp.arange(samples, dtype=xp.int32, device=place)[:, None, None, None]
-        index = xp.astype(codes_SChw, xp.int32)
-        index += offset
-        index = xp.reshape(index, (-1,))
-        each = xp.reshape(_looked_up(xp.reshape(known, (-1,)), index), codes_SChw.shape)
-        others = xp.sum(each, axis=1, keepdims=True) + floors * zeros
-        largest = xp.maximum(xp.max(each, axis=1, keepdims=True), floors * (zeros > 0))
-        kept = xp.maximum(1 - others, _AHEAD * largest)
+            sample = 256 * xp.arange(samples, dtype=xp.int32, device=place)[:, None, None, None]
+            index += sample
+        each = _looked_up(xp.reshape(known, (-1,)), index)
+        others = xp.sum(each, axis=1, keepdims=True) + floors * xp.astype(classes - counted, xp.float32)
+        kept = xp.maximum(1 - others, _AHEAD * xp.maximum(xp.max(each, axis=1, keepdims=True), floors))
+        # Now each sample's table has a row for each of these numbers.
+        logs = xp.reshape(logs[:, None, :] + xp.asarray(_TIMES, device=place), (-1,))
+        index += 256 * times + MOST_COUNTED * sample
         # The argmax's is the largest, and its code stands for more than that: the lesser of two is what a class has.
-        decoded = xp.minimum(xp.reshape(_looked_up(xp.reshape(logs, (-1,)), index), codes_SChw.shape), xp.log(kept))
+        decoded = xp.minimum(_looked_up(logs, index), xp.log(kept))
         decoded -= xp.log(others + kept)
         return decoded
 
@@ -198,11 +199,14 @@ class CompandedDistribution:
 
 
 def _looked_up(table: Array, index: Array) -> Array:
-    """Rows of a table, by their numbers in it.
+    """Rows of a table by their numbers in it, or single values by an index of any shape; no index may be outside.
 
     The array API's ``take`` first replaces negative indexes for torch, which takes twice as long as the rest.
     """
-    return table.index_select(0, index) if hasattr(table, "index_select") else table.take(index, axis=0)
+    if hasattr(table, "index_select"):
+        rows = table.index_select(0, index.reshape(-1))
+        return rows if table.ndim > 1 else rows.reshape(index.shape)
+    return table.take(index, axis=0, mode="clip")  # the quickest way, as there is nothing to clip
 
 
 def _beside(xp: Any, present_SChw: Array) -> Array:

@@ -6,7 +6,9 @@ entries that this one removes; what stands is never changed. A generation counts
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +19,7 @@ import zarr
 from zarr.abc.buffer import Buffer as AnyBuffer
 from zarr.storage import MemoryStore
 
-from segkd.storage.errors import CacheExistsError
+from segkd.storage.errors import CacheError, CacheExistsError
 from segkd.storage.fields import Fields
 from segkd.storage.layout import Plan
 from segkd.storage.packing import zarr_codecs
@@ -146,6 +148,22 @@ def read_spec(root: Path) -> CacheSpec:
     if not isinstance(attributes, dict) or not isinstance(attributes.get("segkd"), dict):
         raise CacheExistsError(f"{root} is a Zarr group but not a segkd cache; choose another path")
     return CacheSpec.from_dict(attributes["segkd"], str(root))
+
+
+def tile_of(root: Path, usual: int) -> int:
+    """The side of the tiles of the cache at ``root``; ``usual`` is what a new one has.
+
+    Metadata may be damaged: what most of them say counts, and ``usual`` as one of them.
+    """
+    said: list[int] = []
+    with suppress(CacheError, OSError):
+        said.append(read_spec(root).tile)
+    for path in root.glob(f"{GENERATIONS}/*/*/{METADATA}"):
+        with suppress(CacheError, OSError):
+            match read_document(path).get("shape"):
+                case [int(), int(), int(), int(side)]:
+                    said.append(side)
+    return Counter([*said, usual]).most_common(1)[0][0]
 
 
 def target_arrays(spec: CacheSpec) -> dict[str, tuple[str, bool]]:

@@ -24,6 +24,10 @@ UNIT_BYTES = 1 << 27
 """Codes that a unit may have, padding included: they are in memory until the unit is written."""
 SHARD_TILES = 1024
 """Tiles that a shard may have: a reader fetches the whole index of a shard, 16 bytes a tile, before its first tile."""
+WHOLE = 128
+"""Cells on the longer side of a grid up to which samples are better kept in one tile than cut into several."""
+CUT = 64
+"""Side of the tiles that larger grids are cut into, in cells: with it windows of 64x64 cells are read most quickly."""
 ENTRY_COST = 16
 """Bytes of a tile's entry in the index of its shard."""
 SHARD_COST = 2200
@@ -80,6 +84,22 @@ class Plan:
 def tile_shape(grid: tuple[int, int], tile: int) -> tuple[int, int]:
     """Rows and columns of tiles that a grid of h, w cells is cut into."""
     return -(-grid[0] // tile), -(-grid[1] // tile)
+
+
+def usual_tile(samples: Sequence[PlannedSample]) -> int:
+    """The side of a tile, in cells, that suits these samples; a pure function of the sizes of their grids.
+
+    Where half of the grids or more fit in ``WHOLE`` cells, nine in ten of those are one tile each, and so are longer
+    ones by up to a quarter: an entry a sample in the index, one read a window, and no padding beside the longest, which
+    costs codes. Any other is cut, rather than that all have a tile of its size, but not into tiles below ``CUT``.
+    """
+    sides = sorted(max(sample.mapping.shape) for sample in samples)
+    fitting = [side for side in sides if side <= WHOLE]
+    if not fitting or 2 * len(fitting) < len(sides):
+        return CUT
+    usual = fitting[(9 * len(fitting) - 1) // 10]
+    tile = max(side for side in fitting if 4 * side <= 5 * usual)
+    return tile if tile == sides[-1] else max(tile, CUT)
 
 
 def plan_units(samples: Sequence[PlannedSample], *, unit_samples: int, tile: int, cell_bytes: int = 1) -> Plan:

@@ -21,6 +21,10 @@ from segkd.storage.spec import CacheSpec, PlanSpec
 
 ROLE_BYTES = 9
 """Room for a role: ``auxiliary`` is the longest."""
+DIGEST_BYTES = 16
+"""What is kept of an image's SHA-256. It is for noticing that an image has changed, which 128 bits do as surely as 256:
+to choose another image of the same digest is as far out of reach. Digests do not compress, so this is a fifth of a row.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,7 @@ class CodedSample:
     """What a unit's owner hands over for one sample."""
 
     image_digest: bytes
+    """The first ``DIGEST_BYTES`` of the SHA-256 of the image."""
     codes: Mapping[str, npt.NDArray[Any]]
     """Per target its codes, channels,h,w; float16 log-probabilities on the rung EXACT."""
     rungs: Mapping[str, int]
@@ -70,7 +75,7 @@ def row_dtype(spec: CacheSpec, plan: PlanSpec) -> np.dtype[Any]:
         ("scale_x", "<f8"),
         ("offset_x", "<f8"),
         ("first_tile", "<i8"),
-        ("image_digest", "u1", (32,)),
+        ("image_digest", "u1", (DIGEST_BYTES,)),
     ]
     for target in spec.targets.values():
         fields.append((f"rung_{target.name}", "u1"))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -14,18 +17,18 @@ from hypothesis import strategies as st
 from segkd.storage import layout
 from segkd.storage.coding import CompandedDistribution, UniformSteps
 from segkd.storage.geometry import Mapping, network_axis
-from segkd.storage.layout import ENTRY_COST, PlannedSample, plan_units
+from segkd.storage.layout import CUT, ENTRY_COST, WHOLE, PlannedSample, plan_units, tile_shape, usual_tile
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import CacheSpec, TargetSpec
 from segkd.storage.table import CodedSample
 from segkd.storage.writer import CacheWriter
 
-TILE = 64
 CHECKSUM = 4
+ROOT = Path(__file__).parent.parent
 SMALL, CAMVID, LARGE = (32, 32), (360, 480), (8192, 8192)
 
 
-def spec() -> CacheSpec:
+def spec(tile: int = 64) -> CacheSpec:
     """Three classes instead of eleven: what is counted here does not depend on them."""
     soft = TargetSpec(
         name="soft",
@@ -49,7 +52,7 @@ def spec() -> CacheSpec:
     return CacheSpec(
         classes=("a", "b", "c"),
         targets={"soft": soft, "first_order": first_order},
-        tile=TILE,
+        tile=tile,
         fingerprints=dict.fromkeys(("teacher", "preprocessing", "classes", "coding"), "0" * 64),
         teacher={"reference": "teacher.py:build"},
     )
@@ -62,8 +65,9 @@ def planned(name: str, role: str, size: tuple[int, int]) -> PlannedSample:
 
 def write(path: Path, samples: Sequence[PlannedSample]) -> tuple[int, int]:
     """Bytes that a cache of empty maps takes besides its tiles, and those of them that index the tiles."""
-    plan = plan_units(samples, unit_samples=64, tile=TILE, cell_bytes=4)
-    writer, rng = CacheWriter(path, spec(), plan), np.random.default_rng(0)
+    tile = usual_tile(samples)
+    plan = plan_units(samples, unit_samples=64, tile=tile, cell_bytes=4)
+    writer, rng = CacheWriter(path, spec(tile), plan), np.random.default_rng(0)
     for unit in plan.units:
         coded = []
         for sample in plan.of(unit):
@@ -72,7 +76,7 @@ def write(path: Path, samples: Sequence[PlannedSample]) -> tuple[int, int]:
                 name: {measure: float(rng.random()) * 1e-3 for measure in target.measures}
                 for name, target in spec().targets.items()
             }
-            digest = hashlib.sha256(sample.id.encode()).digest()
+            digest = hashlib.sha256(sample.id.encode()).digest()[:16]
             targets = {"soft": codes, "first_order": codes[:1]}
             coded.append(
                 CodedSample(image_digest=digest, codes=targets, rungs=dict.fromkeys(targets, 0), measures=measures)
@@ -92,12 +96,13 @@ def write(path: Path, samples: Sequence[PlannedSample]) -> tuple[int, int]:
     return total - tiles, entries * (ENTRY_COST + CHECKSUM)
 
 
-def test_everything_but_the_codes_is_two_percent_of_camvid(tmp_path: Path) -> None:
+def test_everything_but_the_codes_is_two_percent_of_camvid_and_200_bytes_a_sample(tmp_path: Path) -> None:
     samples = [planned(f"train/0016E5_{k:05}", "train", CAMVID) for k in range(367)]
     samples += [planned(f"val/0016E5_{k:05}", "report", CAMVID) for k in range(101)]
     besides, _ = write(tmp_path / "c.zarr", samples)
-    payload = (13_000 + 5_000) * len(samples)  # bytes of the coded maps of a real teacher, 90x120 cells
+    payload = 14_800 * len(samples)  # bytes of the coded maps of a real teacher, 90x120 cells
     assert besides / payload < 0.02
+    assert besides / len(samples) < 200
 
 
 def test_everything_but_the_codes_is_200_bytes_a_small_sample(tmp_path: Path) -> None:
@@ -116,6 +121,65 @@ def test_one_very_large_image_among_small_ones_costs_the_index_of_its_own_tiles(
     assert entry.mapping.shape == (2048, 2048)
     assert reader.window(entry, "soft", range(2040, 2048), range(1000, 1100)).shape == (3, 8, 100)
     assert reader.entry("train/photograph_000300").mapping.shape == (8, 8)
+
+
+def test_the_benchmark_counts_the_same(tmp_path: Path) -> None:
+    """``benchmarks/overhead.py``, on samples of one tile and of several."""
+    samples = [planned(f"train/{k}", "train", size) for k, size in enumerate([SMALL, CAMVID, CAMVID, (600, 400)])]
+    besides, _ = write(tmp_path / "c.zarr", samples)
+    found = importlib.util.spec_from_file_location("overhead", ROOT / "benchmarks" / "overhead.py")
+    assert found is not None
+    assert found.loader is not None
+    overhead = importlib.util.module_from_spec(found)
+    sys.modules["overhead"] = overhead
+    found.loader.exec_module(overhead)
+    counted = overhead.count(tmp_path / "c.zarr")
+    assert (counted.samples, counted.cut, counted.tile) == (4, 1, 120)
+    assert counted.total == besides
+    assert counted.payload + besides == sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
+    # Two targets; four samples in five tiles more than one each: 150x100 cells in tiles of 120.
+    assert counted.parts["tiles' checksums"] == 2 * 5 * CHECKSUM
+
+
+sides = st.integers(1, 300)
+
+
+@given(st.lists(st.tuples(sides, sides), min_size=1, max_size=40), st.randoms())
+def test_usual_grids_are_one_tile(grids: list[tuple[int, int]], random: Random) -> None:
+    samples = [planned(f"{k:03}", "train", (4 * h, 4 * w)) for k, (h, w) in enumerate(grids)]
+    tile = usual_tile(samples)
+    random.shuffle(samples)
+    assert usual_tile(samples) == tile
+    fitting = [max(grid) for grid in grids if max(grid) <= WHOLE]
+    if 2 * len(fitting) < len(grids):
+        assert tile == CUT
+        return
+    assert tile in (*fitting, CUT)
+    assert 10 * sum(side <= tile for side in fitting) >= 9 * len(fitting)
+    if tile < CUT:
+        assert all(tile_shape(grid, tile) == (1, 1) for grid in grids)
+
+
+@pytest.mark.parametrize(
+    ("grids", "tile"),
+    [
+        ({(90, 120): 408}, 120),
+        ({(8, 8): 3}, 8),
+        ({(128, 128): 1}, 128),
+        ({(129, 20): 1}, CUT),
+        ({(256, 512): 10}, CUT),
+        ({(94, 125): 80, (125, 94): 20}, 125),
+        ({(8, 8): 600, (2048, 2048): 1}, CUT),
+        ({(60, 60): 95, (75, 60): 2, (76, 60): 3}, 75),
+        ({(90, 120): 50, (256, 512): 50}, 120),
+        ({(90, 120): 49, (256, 512): 51}, CUT),
+    ],
+)
+def test_tiles_as_the_design_page_has_them(grids: dict[tuple[int, int], int], tile: int) -> None:
+    samples = [
+        planned(f"{h}x{w} {k}", "train", (4 * h, 4 * w)) for (h, w), count in grids.items() for k in range(count)
+    ]
+    assert usual_tile(samples) == tile
 
 
 sizes = st.tuples(st.integers(1, 3000), st.integers(1, 3000))

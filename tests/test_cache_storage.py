@@ -93,7 +93,7 @@ def codes_of(sample: PlannedSample) -> CodedSample:
     y = sample.mapping.y.scale * np.arange(height) + sample.mapping.y.offset
     x = sample.mapping.x.scale * np.arange(width) + sample.mapping.x.offset
     return CodedSample(
-        image_digest=hashlib.sha256(sample.id.encode()).digest(),
+        image_digest=hashlib.sha256(sample.id.encode()).digest()[:16],
         codes={
             "soft": rng.integers(0, 256, (3, height, width), np.uint8),
             "ramps": np.stack(np.meshgrid(y, x, indexing="ij")).astype(np.float32),

@@ -277,7 +277,7 @@ def write_cache(path, codec="context"):
             unit,
             [
                 CodedSample(
-                    image_digest=bytes(32),
+                    image_digest=bytes(16),
                     codes={"soft": codes[s.id]},
                     rungs={"soft": 0},
                     measures={"soft": {"e": 0.0}},

@@ -76,7 +76,7 @@ def coded(name: str, version: int, exact: Iterable[str] = ()) -> CodedSample:
     soft = rng.integers(0, 256, (3, 11, 20), np.uint8)
     log_probs = -rng.random((3, 11, 20), np.float32).astype(np.float16)
     return CodedSample(
-        image_digest=hashlib.sha256(f"{name} {version}".encode()).digest(),
+        image_digest=hashlib.sha256(f"{name} {version}".encode()).digest()[:16],
         codes={"soft": log_probs if name in exact else soft, "first_order": soft[:1]},
         rungs={"soft": EXACT if name in exact else 0, "first_order": 0},
         measures={"soft": {"kl": 2e-3 if name.endswith("1") else 4e-4}, "first_order": {"error": 0.004}},

@@ -196,7 +196,7 @@ def test_every_cut_of_a_png_is_a_data_error(tmp_path: Path) -> None:
 
 def test_digest_is_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    assert digest(tmp_path / "a") == hashlib.sha256(b"abc").digest()
+    assert digest(tmp_path / "a") == hashlib.sha256(b"abc").digest()[:16]
     with fails(
         f"{tmp_path / 'b'}: cannot be read (No such file or directory); restore the file or take it out of the data"
     ):

@@ -217,3 +217,23 @@ def test_a_list_that_changed_before_the_cache_was_finished(run: Path) -> None:
         teacher_cache(config)
     assert teacher_cache(config, close=True).sealed
     assert contents(config) == fresh(run)
+
+
+def test_the_side_of_tiles_that_a_cache_was_begun_with_stays(run: Path) -> None:
+    """A list of larger images would begin with larger tiles; what is added is cut like the rest."""
+    config = described(run, "cache.zarr", "cache.tile=0")
+    teacher_cache(config)
+    reader = CacheReader(config.cache.path)
+    tile = reader.spec.tile
+    assert tile == max(max(entry.mapping.shape) for entry in reader.entries())
+    for name in ("a/2", "b/2", "d/2"):
+        put(run, name, 21, (64, 72))
+    summary = teacher_cache(config)
+    assert summary.changes == {"added": 3, "changed": 0, "removed": 0}
+    assert CacheReader(config.cache.path).spec.tile == tile
+    other = described(run, "other.zarr", "cache.tile=0")
+    teacher_cache(other)
+    assert CacheReader(other.cache.path).spec.tile > tile
+    assert contents(config) == contents(other)
+    with pytest.raises(CacheMismatchError, match=rf"differs from this run in tile \({tile}, now {tile + 1}\)"):
+        teacher_cache(described(run, "cache.zarr", f"cache.tile={tile + 1}"))

@@ -68,16 +68,29 @@ def test_padding_reaches_the_multiple_and_holds_what_was_asked(pad: str) -> None
     assert torch.equal(corner, torch.zeros(3) if pad == "mean" else plain[:, -1, -1])
 
 
-@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([None, (32, 48), (91, 17)]), st.sampled_from([1, 8, 32]))
+@given(
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.sampled_from([None, (32, 48), (91, 17)]),
+    st.sampled_from([1.0, 0.5, 1.7]),
+    st.sampled_from([1, 8, 32]),
+)
 def test_placement_says_the_size_and_where_the_corners_lie(
-    height: int, width: int, resize: tuple[int, int] | None, multiple: int
+    height: int, width: int, resize: tuple[int, int] | None, scale: float, multiple: int
 ) -> None:
-    preprocessing = Preprocessing(resize=resize, multiple_of=multiple)
+    preprocessing = Preprocessing(resize=resize, scale=1.0 if resize else scale, multiple_of=multiple)
     size, y, x = placement(height, width, preprocessing)
     assert tuple(prepare(image(height, width), preprocessing).shape[1:]) == size
-    scaled = resize or (height, width)
+    scaled = resize or (max(1, round(height * scale)), max(1, round(width * scale)))
     assert (y(-0.5), x(-0.5)) == pytest.approx((-0.5, -0.5))
     assert (y(scaled[0] - 0.5), x(scaled[1] - 0.5)) == pytest.approx((height - 0.5, width - 0.5))
+
+
+def test_resize_and_scale_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"^resize is \[32, 48\] and scale 0\.5; keep one of them$"):
+        Preprocessing(resize=(32, 48), scale=0.5)
+    with pytest.raises(ConfigError, match=r"^scale is 0\.0; it must be a finite number above 0 \(1 keeps the size\)$"):
+        Preprocessing(scale=0.0)
 
 
 def test_only_cells_whose_centres_lie_in_the_image_are_kept() -> None:

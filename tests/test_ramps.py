@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from segkd.pipeline.data.batch import Sources
-from segkd.pipeline.data.transforms import AugmentConfig, Crop, Window, window_of
+from segkd.pipeline.data.mixing import draw_rectangle
+from segkd.pipeline.data.transforms import AugmentConfig, BoolArray, Crop, Window, window_of
+from segkd.pipeline.models.network import Grid, Preprocessing
 from segkd.pipeline.student.alignment import align
 from segkd.storage.geometry import Axis, Mapping, flip, network_axis, resize
 
@@ -53,8 +55,10 @@ def cases(draw: st.DrawFn) -> tuple[Crop, Mapping, Mapping]:
     low = draw(st.floats(0.25, 2.0))
     augment = AugmentConfig(crop=crop_size, scale=(low, low * draw(st.floats(1.0, 3.0))), flip=draw(st.booleans()))
     crop = Crop.draw(np.random.default_rng(draw(st.integers(0, 2**32))), image_size, augment)
-    student = draw(grids(*crop_size, st.sampled_from([1, 2, 4, 8, 16, 32])))
-    return crop, draw(teachers(*image_size)), student
+    # The student may be fed at another scale than the crop's.
+    fed = Preprocessing(scale=draw(st.sampled_from([1.0, 0.5, 0.7, 2.0]))).scaled(*crop_size)
+    grid = Grid(stride=draw(st.sampled_from([1, 2, 4, 8, 16, 32])), convention=draw(conventions))
+    return crop, draw(teachers(*image_size)), grid.mapping_in(crop_size, fed)
 
 
 def cached_ramps(teacher: Mapping) -> npt.NDArray[np.float32]:
@@ -153,3 +157,67 @@ def test_a_mirrored_crop_holds_the_same_cells_in_the_same_order(case: tuple[Crop
     np.testing.assert_array_equal(ramps, other_ramps)
     (scale, offset), (other_scale, other_offset) = window.cell_to_crop[1], other.cell_to_crop[1]
     np.testing.assert_allclose([other_scale, other_offset], [-scale, width - 1 - offset], atol=1e-7)
+
+
+@st.composite
+def mixes(draw: st.DrawFn) -> tuple[list[tuple[Crop, Mapping, BoolArray]], Mapping]:
+    """Two crops of one size with the teacher's cells in their images and the pixels that are theirs; and the student's
+    cells in the crop.
+    """
+    size = draw(st.integers(2, 96)), draw(st.integers(2, 96))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    low = draw(st.floats(0.25, 2.0))
+    augment = AugmentConfig(crop=size, scale=(low, low * draw(st.floats(1.0, 3.0))))
+    rectangle = draw_rectangle(rng, size)
+    pieces = []
+    for region in (~rectangle, rectangle):
+        image_size = draw(st.integers(1, 150)), draw(st.integers(1, 150))
+        crop = Crop.draw(rng, image_size, augment)
+        pieces.append((crop, draw(teachers(*image_size)), region & crop.inside()))
+    return pieces, draw(grids(*size, st.sampled_from([1, 2, 4, 8, 16, 32])))
+
+
+@given(mixes())
+@settings(max_examples=150, deadline=None)
+def test_ramps_agree_in_both_images_of_a_mix(case: tuple[list[tuple[Crop, Mapping, BoolArray]], Mapping]) -> None:
+    """One crop, two sources: where a cell counts, the crop shows its own image, at the place that the cache says.
+
+    The student's channels are the ramps of either image; a source must find its own ones.
+    """
+    pieces, student = case
+    windows = [window_of(*piece) for piece in pieces]
+    height, width = (max(window.counts.shape[axis] for window in windows) for axis in (0, 1))
+    counts = np.zeros((2, height, width), bool)
+    for held, window in zip(counts, windows, strict=True):
+        held[: len(window.rows), : len(window.columns)] = window.counts
+    in_images = [student.through(crop.y, crop.x) for crop, _, _ in pieces]
+    sources = Sources(
+        crop_S=torch.tensor([0, 0]),
+        cell_to_crop_S22=torch.from_numpy(np.stack([window.cell_to_crop for window in windows])),
+        counts_Shw=torch.from_numpy(counts),
+        counts_first_Shw=torch.from_numpy(counts),
+        codes={},
+        rungs={},
+    )
+    logits_NChw = torch.from_numpy(np.concatenate([cached_ramps(in_image) for in_image in in_images]))[None]
+    aligned = align(logits_NChw, student, sources).numpy()
+    taken = np.zeros(pieces[0][0].size, int)
+    for s, ((crop, teacher, owned), window, in_image) in enumerate(zip(pieces, windows, in_images, strict=True)):
+        taken += owned
+        rows, columns = window.rows, window.columns
+        ramps = cached_ramps(teacher)[:, rows.start : rows.stop, columns.start : columns.stop].astype(np.float64)
+        expected = np.stack([clamped(ramps[0], in_image.y), clamped(ramps[1], in_image.x)])
+        error = np.abs(aligned[s, 2 * s : 2 * s + 2, : len(rows), : len(columns)] - expected) / cell_sizes(teacher)
+        assert error[:, window.counts].max(initial=0) < 0.01
+        for y, x in ramps[:, window.counts].T:
+            # The crop pixel in which this place of the image lies; one on a pixel's border lies in either.
+            at = (y - crop.y.offset) / crop.y.scale, (x - crop.x.offset) / crop.x.scale
+            assert any(
+                owned[row, column] for row in near(at[0], owned.shape[0]) for column in near(at[1], owned.shape[1])
+            )
+    assert taken.max() <= 1, "no pixel shows two images"
+
+
+def near(position: float, pixels: int) -> set[int]:
+    """The pixels in which a position lies, up to the rounding of float32 ramps."""
+    return {min(max(int(np.floor(position + 0.5 + shift)), 0), pixels - 1) for shift in (-1e-3, 1e-3)}

@@ -80,7 +80,7 @@ def coded(name: str, version: int) -> CodedSample:
     soft = rng.integers(0, 256, (3, *grid), np.uint8)
     log_probs = -rng.random((3, *grid), np.float32).astype(np.float16)
     return CodedSample(
-        image_digest=hashlib.sha256(name.encode()).digest(),
+        image_digest=hashlib.sha256(name.encode()).digest()[:16],
         codes={"soft": log_probs if exact else soft, "first_order": soft[:1] // 2},
         rungs={"soft": EXACT if exact else 0, "first_order": 0},
         measures={"soft": {"kl": 4e-4}, "first_order": {"kl": 4e-4}},

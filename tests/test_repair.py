@@ -246,6 +246,32 @@ def test_a_unit_whose_images_have_changed_is_named_and_left_alone(grown: tuple[R
     assert files_of(Path(f"{cache}-again.zarr")) == files_of(Path(fresh.cache.path))
 
 
+def test_the_side_of_tiles_is_found_again_though_the_list_would_begin_with_another(
+    tmp_path: Path, make_run: Callable[[Path], Path]
+) -> None:
+    file = make_run(tmp_path)
+    run = load(file, ["cache.unit_samples=2", "cache.batch=1"])
+    teacher_cache(run)
+    cache = Path(run.cache.path)
+    whole, tile = files_of(cache), CacheReader(cache).spec.tile
+    for image in tmp_path.glob("*/*/*.png"):
+        with Image.open(image) as opened:
+            width, height = opened.size
+            opened.resize((2 * width, 2 * height), Image.Resampling.NEAREST).save(
+                image.with_stem(f"{image.stem}-twice")
+            )
+    text, said = (cache / "zarr.json").read_text(), f'"tile": {tile}'
+    assert said in text
+    for content in ("{", text.replace(said, f'"tile": {tile + 1}')):
+        (cache / "zarr.json").write_text(content)
+        assert repair(run).restored == ("zarr.json",)
+        assert files_of(cache) == whole
+    (cache / "zarr.json").write_text("{")
+    damage(cache / "generations/0/first_order/zarr.json")
+    assert set(repair(run).restored) == {"zarr.json", "generations/0/first_order/zarr.json"}
+    assert files_of(cache) == whole
+
+
 def test_another_teacher_is_refused_before_anything_is_touched(run: RunConfig, place: Path) -> None:
     cache = Path(run.cache.path)
     damage(cache / "generations/0/samples/c.0.0")

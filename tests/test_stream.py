@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch.nn import functional as F
 
 from segkd.pipeline.data.batch import Batch
 from segkd.pipeline.data.sample import Classes, Role, Sample
@@ -29,9 +30,14 @@ AUGMENT = AugmentConfig(crop=(24, 20), scale=(0.5, 2.0), photometric=0.5, auxili
 PLAIN = AugmentConfig(crop=(24, 20), photometric=0.0, auxiliary_photometric=0.0)
 
 
+def shade(sample: Sample) -> int:
+    """Another one for every sample."""
+    return 20 * list(Role).index(sample.role) + int(sample.id.split("/")[1])
+
+
 @dataclass
 class FakeSource:
-    """Images that show their own coordinates: red = y, green = x, blue = sample."""
+    """Images that show their own coordinates: red = y, green = x, blue = :func:`shade`."""
 
     samples: tuple[Sample, ...]
     forbidden: frozenset[Role] = frozenset({Role.AUXILIARY, Role.SELECT, Role.REPORT})
@@ -48,7 +54,7 @@ class FakeSource:
     def image(self, sample: Sample) -> npt.NDArray[np.uint8]:
         height, width = self.size(sample)
         planes = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-        return np.stack([*planes, np.full((height, width), len(sample.id))], axis=-1).astype(np.uint8)
+        return np.stack([*planes, np.full((height, width), shade(sample))], axis=-1).astype(np.uint8)
 
     def excluded(self, sample: Sample) -> npt.NDArray[np.bool_] | None:
         assert sample.role not in self.forbidden, "the labels of such a sample must not be opened"
@@ -59,7 +65,7 @@ class FakeSource:
 
     def image_digest(self, sample: Sample) -> bytes:
         self.digests.append(sample.id)
-        return hashlib.sha256(self.image(sample).tobytes()).digest()
+        return hashlib.sha256(self.image(sample).tobytes()).digest()[:16]
 
     def labels(self, sample: Sample) -> npt.NDArray[np.uint8]:
         assert sample.role not in self.forbidden, "the labels of such a sample must not be opened"
@@ -91,7 +97,7 @@ class FakeReader:
         for rung, sample in enumerate(source.samples):
             axes = [network_axis(pixels, -(-pixels // stride)) for pixels in source.size(sample)]
             rungs = {"soft": rung, "first_order": 0}
-            digest = hashlib.sha256(source.image(sample).tobytes()).digest()
+            digest = hashlib.sha256(source.image(sample).tobytes()).digest()[:16]
             self.table[sample.id] = FakeEntry(
                 sample.id, sample.role, source.size(sample), Mapping(*axes), digest, rungs
             )
@@ -124,11 +130,12 @@ def make_stream(
     augment: AugmentConfig = AUGMENT,
     targets: tuple[str, ...] = ("soft", "first_order"),
     distil: bool = True,
+    preprocessing: Preprocessing | None = None,
 ) -> TrainStream:
     source = source or make_source()
     reader: Any = (cache or FakeReader(source)) if distil else None
     config = StreamConfig(labelled=labelled, auxiliary=auxiliary, seed=seed)
-    return TrainStream(source, reader, targets, config, augment, Preprocessing())
+    return TrainStream(source, reader, targets, config, augment, preprocessing or Preprocessing())
 
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
@@ -180,24 +187,34 @@ def test_the_same_crops_are_cut_with_and_without_a_cache() -> None:
     assert torch.equal(distilled.labels_NHW, alone.labels_NHW)
 
 
+def counted(batch: Batch, counts: str = "counts_Shw") -> set[tuple[int, int, int]]:
+    """(crop, row, column) of the teacher's cells that count, wherever their windows begin."""
+    assert batch.sources is not None
+    codes = batch.sources.codes["soft"].int() - 1
+    s, y, x = getattr(batch.sources, counts).nonzero(as_tuple=True)
+    return set(zip(s.tolist(), codes[s, 0, y, x].tolist(), codes[s, 1, y, x].tolist(), strict=True))
+
+
 def test_no_cell_counts_that_shows_nothing_of_the_scene() -> None:
     seen, hidden = make_stream(), make_stream(dataclasses.replace(make_source(), hidden_from=20))
-    lost = 0
+    lost = unseen = 0
     for step in range(20):
         before, after = seen[step], hidden[step]
         assert torch.equal(before.images_N3HW, after.images_N3HW)
         assert torch.equal(before.labels_NHW, after.labels_NHW)
-        assert before.sources is not None
+        cells, lasting = counted(before), counted(after)
+        assert lasting <= cells
+        assert counted(after, "counts_first_Shw") <= lasting
+        # Cells are 3.7 to 4 pixels wide, and a crop pixel shows up to 2: between 17 and 24 either may be.
+        gone = {(crop, row, column) for crop, row, column in cells - lasting if 4 * column + 1.5 >= 17}
+        assert gone == cells - lasting
+        assert all(crop < 2 for crop, _, _ in gone), "labels of auxiliary samples are not opened"
+        assert not any(crop < 2 and 4 * column + 1.5 > 24 for crop, _, column in lasting)
+        lost += len(gone)
         assert after.sources is not None
-        # Channel 1 of the codes is the column + 1. Cells are 3.7 to 4 pixels wide, and a crop pixel shows up to 2.
-        centres_Shw = 4 * before.sources.codes["soft"][:, 1] - 2.5
-        counts, lasting = before.sources.counts_Shw, after.sources.counts_Shw
-        assert torch.equal(counts[2:], lasting[2:]), "labels of auxiliary samples are not opened"
-        assert torch.equal((counts & (centres_Shw < 17))[:2], (lasting & (centres_Shw < 17))[:2])
-        assert not (lasting & (centres_Shw > 24))[:2].any()
-        lost += int((counts & ~lasting).sum())
-        assert not (after.sources.counts_first_Shw & ~lasting).any()
+        unseen += int((~after.sources.counts_Shw[:2].flatten(1).any(1)).sum())
     assert lost > 100
+    assert unseen > 0, "crops that show nothing else have a source as well"
 
 
 def test_without_a_cache_nobody_asks_what_is_hidden() -> None:
@@ -280,34 +297,163 @@ def test_samples_that_are_kept_exactly_are_batched_with_others() -> None:
         assert decoded.dtype == torch.float32
         assert decoded.isfinite().all()
         for s, draw in enumerate(draws):
-            alone = make_stream(source, reader, labelled=1, auxiliary=1, targets=("soft",))._item(draw).knowledge
-            assert alone is not None
+            (alone,) = make_stream(source, reader, labelled=1, auxiliary=1, targets=("soft",))._item(draw).knowledge
             values = CODER.decode(alone.codes["soft"][None], np.array([alone.rungs["soft"]]))[0]
             height, width = values.shape[1:]
             torch.testing.assert_close(decoded[s, :, :height, :width], torch.from_numpy(values), rtol=0, atol=1e-6)
     assert kinds == {torch.uint8, torch.float16, torch.float32}
 
 
-def test_counting_cells_lie_where_the_image_says() -> None:
-    """Every code names its cell and every pixel its coordinate, so that both can be compared in the crop."""
-    source, stream = make_source(), make_stream(augment=replace(PLAIN, scale=(1.5, 2.5)))
+@pytest.mark.parametrize("cutmix", [0.0, 1.0])
+def test_counting_cells_lie_where_the_image_says(cutmix: float) -> None:
+    """Every code names its cell and every pixel its coordinate and image, so that they can be compared in the crop."""
+    source, stream = make_source(), make_stream(augment=replace(PLAIN, scale=(1.5, 2.5), cutmix=cutmix))
     mean, std = (torch.tensor(v)[:, None, None] for v in (Preprocessing().mean, Preprocessing().std))
     compared = 0
     for step in range(3):
         batch = stream[step]
         assert batch.sources is not None
-        for k, draw in enumerate(stream.draws(step)):
-            entry = FakeReader(source).entry(draw.sample.id)
-            pixels = (batch.images_N3HW[k] * std + mean) * 255
-            for row, column in batch.sources.counts_Shw[k].nonzero().tolist():
-                cell_y, cell_x = (batch.sources.codes["soft"][k, :, row, column].int() - 1).tolist()
-                (scale_y, offset_y), (scale_x, offset_x) = batch.sources.cell_to_crop_S22[k].tolist()
+        for s, crop in enumerate(batch.sources.crop_S.tolist()):
+            sample = source.samples[int(batch.sources.rungs["soft"][s])]
+            entry = FakeReader(source).entry(sample.id)
+            pixels = (batch.images_N3HW[crop] * std + mean) * 255
+            for row, column in batch.sources.counts_Shw[s].nonzero().tolist():
+                cell_y, cell_x = (batch.sources.codes["soft"][s, :, row, column].int() - 1).tolist()
+                (scale_y, offset_y), (scale_x, offset_x) = batch.sources.cell_to_crop_S22[s].tolist()
                 shown = pixels[:, round(scale_y * row + offset_y), round(scale_x * column + offset_x)]
                 expected = entry.mapping.y.affine(cell_y), entry.mapping.x.affine(cell_x)
                 # Half a crop pixel of rounding, and a clamped border pixel.
                 assert shown[:2].tolist() == pytest.approx(expected, abs=1.1)
+                assert shown[2].item() == pytest.approx(shade(sample), abs=1e-3)
                 compared += 1
     assert compared > 100
+
+
+def test_a_network_at_half_scale_gets_smaller_images_and_the_same_labels_and_cells() -> None:
+    whole = make_stream(augment=PLAIN)[0]
+    half = make_stream(augment=PLAIN, preprocessing=Preprocessing(scale=0.5))[0]
+    height, width = whole.images_N3HW.shape[-2:]
+    assert half.images_N3HW.shape[-2:] == (height // 2, width // 2)
+    assert torch.equal(half.labels_NHW, whole.labels_NHW)
+    assert whole.sources is not None
+    assert half.sources is not None
+    assert torch.equal(half.sources.cell_to_crop_S22, whole.sources.cell_to_crop_S22)
+    # The pictures are coordinate ramps, of which a mean over two pixels is the value between them.
+    means = F.avg_pool2d(whole.images_N3HW, 2)[..., 2:-2, 2:-2]
+    torch.testing.assert_close(half.images_N3HW[..., 2:-2, 2:-2], means, rtol=0, atol=0.03)
+
+
+MIXED = replace(AUGMENT, cutmix=1.0)
+
+
+def samples_of(batch: Batch, crop: int) -> list[int]:
+    """The numbers of the samples that a crop of a batch from :class:`FakeReader` has sources of."""
+    assert batch.sources is not None
+    return batch.sources.rungs["soft"][batch.sources.crop_S == crop].tolist()
+
+
+def test_without_mixing_auxiliary_crops_are_what_they_would_be_anyway() -> None:
+    """Also those that a probability leaves alone, and all labelled ones."""
+    plain, half = make_stream(), make_stream(augment=replace(AUGMENT, cutmix=0.5))
+    mixed = 0
+    for step in range(12):
+        before, after = plain[step], half[step]
+        for n in range(5):
+            sources = samples_of(after, n)
+            assert sources[0] == samples_of(before, n)[0]
+            assert torch.equal(before.images_N3HW[n], after.images_N3HW[n]) == (len(sources) == 1)
+            mixed += len(sources) - 1
+        assert [len(samples_of(after, n)) for n in (0, 1)] == [1, 1]
+    assert 8 < mixed < 28, "half of 36"
+
+
+def test_a_mix_shows_the_first_image_as_it_is_cut_alone_and_another_one_in_a_rectangle() -> None:
+    source = make_source()
+    plain, mixing = make_stream(augment=PLAIN), make_stream(augment=replace(PLAIN, cutmix=1.0))
+    others: Counter[int] = Counter()
+    for step in range(20):
+        alone, mixed = plain[step], mixing[step]
+        for n, draw in enumerate(mixing.draws(step)):
+            if draw.sample.role is Role.TRAIN:
+                assert samples_of(mixed, n) == [source.samples.index(draw.sample)]
+                assert torch.equal(mixed.images_N3HW[n], alone.images_N3HW[n])
+                continue
+            first, second = samples_of(mixed, n)
+            assert source.samples[first] == draw.sample
+            assert source.samples[second].role is Role.AUXILIARY
+            assert first != second
+            others[second] += 1
+            changed = (mixed.images_N3HW[n] != alone.images_N3HW[n]).any(0)
+            rows, columns = changed.any(1).nonzero(), changed.any(0).nonzero()
+            # Where both images are padding nothing changes; elsewhere the third channel tells any two images apart.
+            height, width = (int(line.max() - line.min()) + 1 for line in (rows, columns))
+            assert height < 24
+            assert width < 20
+    assert len(others) == 7, "every image of the pool is mixed into some other"
+
+
+def test_mixes_are_a_pure_function_of_seed_and_step() -> None:
+    forwards, backwards = make_stream(augment=MIXED), make_stream(augment=MIXED)
+    first = [forwards[step] for step in range(4)]
+    second = [backwards[step] for step in reversed(range(4))][::-1]
+    assert all(map(same, first, second))
+    assert not same(first[0], make_stream(augment=MIXED, seed=1)[0])
+    large = make_stream(augment=MIXED, labelled=5, auxiliary=7)
+    small = make_stream(augment=MIXED, labelled=0, auxiliary=1)
+    for k in range(7):
+        assert small.draws(k) == (large.draws(0)[5 + k],)
+        assert torch.equal(small[k].images_N3HW[0], large[0].images_N3HW[5 + k])
+
+
+def test_sources_of_a_mix_share_no_pixel_and_leave_none_out() -> None:
+    stream = make_stream(augment=replace(PLAIN, cutmix=1.0, scale=(1.0, 1.0)), labelled=0)
+    for step in range(5):
+        for draw in stream.draws(step):
+            first, second = stream._pieces(draw, draw.generator(0))
+            assert first.sample == draw.sample
+            np.testing.assert_array_equal(first.region, ~second.region)
+            assert first.region.any()
+            assert second.region.any()
+            assert stream._knowledge is not None
+            whole = replace(second, region=np.ones(second.region.shape, bool))
+            read, needed = (stream._knowledge.of(piece)[0].window.counts for piece in (whole, second))
+            assert needed.size <= read.size * second.region.mean() + 2 * sum(read.shape) + 4, "a window costs a window"
+
+
+def test_both_images_of_a_mix_are_held_against_what_the_teacher_saw() -> None:
+    source = make_source(train=1, auxiliary=2)
+    for lost in ("auxiliary/0", "auxiliary/1"):
+        reader = FakeReader(source)
+        with_entry(lost, image_digest=b"")(reader)
+        with pytest.raises(CacheMismatchError, match=f"^the image of {lost} is not the one that the teacher saw"):
+            make_stream(source, reader, labelled=1, auxiliary=1, augment=MIXED)[0]
+
+
+def test_a_mix_of_which_one_image_is_kept_exactly_is_batched() -> None:
+    source = make_source(train=1, auxiliary=4)
+    reader = ExactReader(source)
+    kinds = set()
+    for step in range(20):
+        stream = make_stream(source, reader, labelled=0, auxiliary=1, targets=("soft",), augment=MIXED)
+        sources, (draw,) = stream[step].sources, stream.draws(step)
+        assert sources is not None
+        decoded = CODER.decode(sources.codes["soft"], sources.rungs["soft"])
+        kinds.add(tuple(sorted(sources.rungs["soft"].tolist())))
+        for s, alone in enumerate(stream._item(draw).knowledge):
+            values = CODER.decode(alone.codes["soft"][None], np.array([alone.rungs["soft"]]))[0]
+            height, width = values.shape[1:]
+            torch.testing.assert_close(decoded[s, :, :height, :width], torch.from_numpy(values), rtol=0, atol=1e-6)
+    assert kinds == {tuple(sorted((0, EXACT))), (0, 0), (EXACT, EXACT)}
+
+
+def test_a_mix_needs_two_images() -> None:
+    with pytest.raises(ConfigError) as error:
+        make_stream(make_source(train=1, auxiliary=1), auxiliary=1, augment=MIXED)
+    assert str(error.value) == (
+        "augment.cutmix is 1, but there is only one auxiliary sample to draw from, and a mix needs two; "
+        "set it to 0, or provide more images"
+    )
+    assert make_stream(make_source(train=2), auxiliary=0, augment=MIXED)[0].sources is not None
 
 
 def test_auxiliary_labels_are_never_opened_and_all_255() -> None:
@@ -482,6 +628,29 @@ def test_a_crop_whose_knowledge_is_damaged_keeps_its_labels_and_counts_in_no_cel
             assert counts.sum() == undamaged.counts_Shw[s].sum()
             assert torch.equal(found.codes["soft"][s, :, :h, :w].int(), undamaged.codes["soft"][s, :, :h, :w].int())
     assert lost > 8
+
+
+def test_damage_to_one_image_of_a_mix_leaves_the_other_one() -> None:
+    source = make_source(train=1, auxiliary=3)
+    config = StreamConfig(labelled=0, auxiliary=3, on_damage="skip")
+    reader: Any = DamagedReader(source)
+    skipping = TrainStream(source, reader, ("soft", "first_order"), config, MIXED, Preprocessing())
+    whole = make_stream(source, labelled=0, auxiliary=3, augment=MIXED)
+    lost = source.samples.index(next(sample for sample in source.samples if sample.id == "auxiliary/0"))
+    seen = 0
+    for step in range(6):
+        found, expected = skipping[step], whole[step]
+        assert torch.equal(found.images_N3HW, expected.images_N3HW)
+        assert found.sources is not None
+        assert expected.sources is not None
+        assert torch.equal(found.sources.crop_S, expected.sources.crop_S)
+        damaged = expected.sources.rungs["soft"] == lost
+        assert set(found.damaged) == ({"auxiliary/0"} if damaged.any() else set())
+        cells = found.sources.counts_Shw.sum((1, 2))
+        assert not cells[damaged].any()
+        assert torch.equal(cells[~damaged], expected.sources.counts_Shw.sum((1, 2))[~damaged])
+        seen += int(damaged.sum())
+    assert seen > 3
 
 
 def test_damage_is_not_skipped_unasked() -> None:

@@ -279,7 +279,7 @@ def test_a_class_of_probability_zero_has_no_first_order_map_of_logits() -> None:
             {"max_first_order_error": float("nan")},
             "max_first_order_error must be at least 0.003, which takes all 255 steps, got nan",
         ),
-        ({"tile": 100_000}, "tile must be at most 1024, got 100000: a window reads whole tiles"),
+        ({"tile": 100_000}, "tile must be 1 to 1024 cells, or 0 for a side that suits the samples, got 100000"),
         (
             {"max_first_order_error": 1e-3},
             "max_first_order_error must be at least 0.003, which takes all 255 steps, got 0.001",

@@ -36,6 +36,14 @@ from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.checkpoint import network_from_checkpoint
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.inputs import open_inputs
+from segkd.pipeline.student.knowledge.base import Knowledge
+from segkd.pipeline.student.knowledge.channel_wise import ChannelWise
+from segkd.pipeline.student.knowledge.config import KnowledgeConfig
+from segkd.pipeline.student.knowledge.dist import Dist
+from segkd.pipeline.student.knowledge.first_order import FirstOrder
+from segkd.pipeline.student.knowledge.pseudo_labels import PseudoLabels
+from segkd.pipeline.student.knowledge.zero_order import ZeroOrder
+from segkd.pipeline.student.losses import LossConfig
 from segkd.pipeline.student.runtime import torch_settings
 from segkd.pipeline.student.train import TrainingStopped, train
 from segkd.pipeline.student.trainer import Trainer
@@ -50,6 +58,7 @@ from segkd.storage.errors import (
     NonFiniteError,
     OutputExistsError,
 )
+from segkd.storage.reader import CacheReader
 
 CLASSES = ("sky", "road", "car")
 COLOURS = np.array([[90, 120, 220], [110, 110, 110], [200, 40, 40]])
@@ -185,6 +194,12 @@ def untimed(output: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "images_per_second"} for record in records(output)]
 
 
+def knowledge_of(*kinds: Knowledge) -> KnowledgeConfig:
+    """These alone."""
+    off = {kind.name: replace(kind, weight=0.0) for kind in KnowledgeConfig().kinds()}
+    return replace(KnowledgeConfig(), **off | {kind.name: kind for kind in kinds})  # type: ignore[arg-type]
+
+
 def assert_same_tensors(one: Path, other: Path) -> None:
     (_, expected), (_, found) = checkpoint.load(one), checkpoint.load(other)
     assert expected.keys() == found.keys()
@@ -192,15 +207,14 @@ def assert_same_tensors(one: Path, other: Path) -> None:
     assert not differing
 
 
-def first_batch(run: RunConfig, **loss: Any) -> tuple[Trainer, Batch]:
+def first_batch(run: RunConfig) -> tuple[Trainer, Batch]:
     """A trainer whose network has no dropout, and a batch for it."""
     run = replace(run, student=NetworkConfig(reference="deeplab-mobilenetv1", arguments={"width": 0.25}))
-    run = replace(run, loss=replace(run.loss, **loss))
     student = run.the_student()
     inputs = open_inputs(run, student, distill=True)
     torch.manual_seed(0)
     network = load_network(student, len(CLASSES))
-    trainer = Trainer(network, run.train, inputs.loss, device=torch.device("cpu"), cache=inputs.cache)
+    trainer = Trainer(network, run.train, inputs.objective, device=torch.device("cpu"), cache=inputs.cache)
     return trainer, inputs.stream[0]
 
 
@@ -383,7 +397,9 @@ def test_resuming_with_other_samples_is_refused(labels_only: RunConfig, tmp_path
     train(run, tmp_path / "out", distill=False, resume=True)  # The same samples elsewhere are the same.
     for kind in ("images", "labels"):
         (tmp_path / "data" / kind / "train" / "train0.png").unlink()
-    with pytest.raises(CheckpointError, match="differs in the list of samples; resume it as it was begun"):
+    with pytest.raises(
+        CheckpointError, match=r"differs in the samples \(their lists, or what their images show\); resume"
+    ):
         train(run, tmp_path / "out", distill=False, resume=True)
 
 
@@ -441,20 +457,33 @@ def test_one_pooled_value_under_batch_norm(labels_only: RunConfig, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("distill", "settings", "loss", "message"),
+    ("distill", "settings", "others", "message"),
     [
         (False, {"auxiliary": 1}, {}, "train.auxiliary is 1, but without distillation nothing can be learned from"),
-        (True, {}, {"zero_order": 0.0, "first_order": 0.0}, "both 0, so nothing would be distilled"),
-        (False, {"auxiliary": 0}, {"cross_entropy": 0.0}, "every weight of the loss is 0"),
+        (
+            True,
+            {},
+            {"knowledge": knowledge_of()},
+            r"^every weight in \[knowledge\] is 0, so nothing would be distilled; give one of zero_order, first_order, "
+            "dist, channel_wise, pseudo_labels a weight, or train on labels alone with --no-distill$",
+        ),
+        (
+            True,
+            {"auxiliary": 0},
+            {"knowledge": knowledge_of(PseudoLabels(weight=1.0, on="auxiliary"))},
+            r'^knowledge\.pseudo_labels\.on is "auxiliary", but train\.auxiliary is 0, so it would never act; raise '
+            r'train\.auxiliary, set on = "all", or knowledge\.pseudo_labels\.weight = 0$',
+        ),
+        (False, {"auxiliary": 0}, {"loss": LossConfig(cross_entropy=0.0)}, "every weight of the loss is 0"),
         (False, {"auxiliary": 0, "class_weights": (1.0,)}, {}, r"has 1 weights, the data 3 classes \(sky, road, car\)"),
         (True, {"device": "cuda:99"}, {}, "'cuda:99', but torch sees"),
         (True, {"backbone_rate": 0.1}, {}, "no module called 'backbone'"),
     ],
 )
 def test_settings_that_do_not_fit(
-    run: RunConfig, tmp_path: Path, distill: bool, settings: dict[str, Any], loss: dict[str, float], message: str
+    run: RunConfig, tmp_path: Path, distill: bool, settings: dict[str, Any], others: dict[str, Any], message: str
 ) -> None:
-    bad = replace(change(run, **settings), loss=replace(run.loss, **loss))  # type: ignore[arg-type]
+    bad = replace(change(run, **settings), **others)
     with pytest.raises(ConfigError, match=message):
         train(bad, tmp_path / "out", distill=distill)
     assert not (tmp_path / "out").exists()
@@ -482,7 +511,7 @@ def test_a_cache_that_does_not_fit(run: RunConfig, tmp_path: Path) -> None:
     other = replace(run, data=replace(run.data, classes=("sky", "road", "bus")))
     with pytest.raises(CacheMismatchError, match="classes sky, road, car, the data of sky, road, bus"):
         train(other, tmp_path)
-    lacking = replace(run, loss=replace(run.loss, first_order_form="logits"))
+    lacking = replace(run, knowledge=knowledge_of(FirstOrder(form="logits")))
     with pytest.raises(CacheMismatchError, match="keeps no target 'first_order_logits', only soft, first_order"):
         train(lacking, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -618,9 +647,10 @@ def test_gradients_of_terms_are_those_at_the_logits(run: RunConfig) -> None:
     """Each alone is what a hook sees at the logits; a term's figure does not depend on the others'."""
     trainer, batch = first_batch(run)
     together = trainer.step(batch, 0, measure=True)["gradient"]
-    off = {"cross_entropy": 0.0, "zero_order": 0.0, "first_order": 0.0}
-    for term, weight in {"zero_order": 1.0, "first_order": 10.0}.items():
-        trainer, batch = first_batch(run, **{**off, term: weight})
+    for term in ("zero_order", "first_order"):
+        kind = getattr(run.knowledge, term)
+        only = replace(run, loss=LossConfig(cross_entropy=0.0), knowledge=knowledge_of(kind))
+        trainer, batch = first_batch(only)
         seen: list[float] = []
         watch_gradient(trainer.network, seen)
         alone = trainer.step(batch, 0, measure=True)["gradient"]
@@ -660,6 +690,62 @@ def damaged_copy(run: RunConfig, folder: Path) -> tuple[RunConfig, int]:
     return replace(run, cache=replace(run.cache, path=str(cache))), COUNTS["auxiliary"]
 
 
+def test_auxiliary_samples_are_filtered_by_the_rows_of_the_cache(run: RunConfig, tmp_path: Path) -> None:
+    """How many are drawn is kept in run.json, which stays JSON."""
+    (tmp_path / "teacher.py").write_text("from torch import nn\ndef build():\n    return nn.Conv2d(3, 3, 9, 4, 4)\n")
+    teacher = NetworkConfig(reference=f"{tmp_path}/teacher.py:build")
+    run = replace(run, teacher=teacher, cache=replace(run.cache, path=str(tmp_path / "cache.zarr")))
+    teacher_cache(run)
+    reader = CacheReader(run.cache.path)
+    measured = sorted(
+        (reader.entry(entry.id).measures["soft.confidence"], entry.id) for entry in reader.entries("auxiliary")
+    )
+    limit = measured[2][0]
+    expected = {name for confidence, name in measured if confidence >= limit}
+    assert 0 < len(expected) < 4
+    filtered = change(run, steps=2, warmup=0, least_confidence=limit)
+    stream = open_inputs(filtered, filtered.the_student(), distill=True).stream
+    drawn = {draw.sample.id for step in range(8) for draw in stream.draws(step) if draw.sample.role == Role.AUXILIARY}
+    assert drawn == expected
+    train(filtered, tmp_path / "out")
+    text = (tmp_path / "out" / "run.json").read_text()
+    document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert document["pools"] == {
+        "train": {"samples": 5, "drawn": 5},
+        "auxiliary": {"samples": 4, "drawn": len(expected)},
+    }
+    assert document["configuration"]["train"]["most_entropy"] == "inf"
+    train(filtered, tmp_path / "out", resume=True)
+    with pytest.raises(CheckpointError, match=r"differs in train\.least_confidence"):
+        train(change(filtered, least_confidence=0.0), tmp_path / "out", resume=True)
+    with pytest.raises(ConfigError, match="which none of the 4 auxiliary samples satisfies"):
+        train(change(run, least_confidence=1.0), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("mode", ["joint", "labelled", "separate", "frozen"])
+def test_mixed_batches_under_every_batch_norm(run: RunConfig, tmp_path: Path, mode: str) -> None:
+    """With CutMix and a loader process: the same product in name and shape, and resuming as if nothing had happened."""
+    mixing = replace(change(run, steps=6, batch_norm=mode), augment=replace(run.augment, cutmix=0.7))
+    train(change(mixing, workers=1), tmp_path / "whole")
+    losses = [line["loss"] for line in records(tmp_path / "whole") if "loss" in line]
+    assert all(math.isfinite(loss) for loss in losses)
+    with pytest.raises(TrainingStopped):
+        train(mixing, tmp_path / "stopped", progress=SignalAt("train", 3, signal.SIGTERM))  # type: ignore[arg-type]
+    train(mixing, tmp_path / "stopped", resume=True)
+    assert_same_tensors(tmp_path / "whole" / "last.safetensors", tmp_path / "stopped" / "last.safetensors")
+    _, tensors = checkpoint.load(tmp_path / "whole" / "last.safetensors")
+    network = load_network(mixing.the_student(), len(CLASSES))
+    held = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    assert {name: value.shape for name, value in network.state_dict().items()} == {
+        name: value.shape for name, value in held.items()
+    }
+    moved = not torch.equal(held["network.body.1.running_mean"], network.state_dict()["network.body.1.running_mean"])
+    assert moved == (mode != "frozen")
+    learned = held["network.body.1.weight"] != 1
+    assert learned.any(), "affine parameters learn in every mode"
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damaged_samples_are_skipped_when_asked_and_told_of_once(
     run: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
@@ -682,3 +768,31 @@ def test_damaged_samples_are_skipped_when_asked_and_told_of_once(
     assert all(math.isfinite(line["loss"]) for line in steps)
     again = train(skipping, tmp_path / "out", resume=True)
     assert again["damaged"] == summary["damaged"]
+
+
+def test_every_kind_of_knowledge_trains_on_its_schedule_and_resumes(run: RunConfig, tmp_path: Path) -> None:
+    """Resumed in the middle of a rise, a run is as if nothing had happened; gradients are logged with the weight."""
+    kinds: tuple[Knowledge, ...] = (
+        ZeroOrder(schedule="fall"),
+        FirstOrder(weight=10.0),
+        Dist(weight=1.0),
+        ChannelWise(weight=0.5, on="auxiliary"),
+        PseudoLabels(weight=0.5, form="confidence", schedule="rise"),
+    )
+    exact = replace(run.cache, path=str(tmp_path / "cache.zarr"), profile="exact")
+    run = replace(change(run, steps=6), cache=exact, knowledge=knowledge_of(*kinds))
+    teacher_cache(run)
+    train(run, tmp_path / "whole")
+    logged = [record for record in records(tmp_path / "whole") if "loss" in record]
+    names = ["cross_entropy", *(kind.name for kind in kinds)]
+    for step, record in enumerate(logged):
+        weights = [1.0, (6 - step) / 6, 10.0, 1.0, 0.5, 0.5 * (step + 1) / 6]
+        expected = sum(weight * record[name] for weight, name in zip(weights, names, strict=True))
+        assert record["loss"] == pytest.approx(expected, rel=1e-5)
+        assert list(record["gradient"]) == ["total", *names]
+        assert min(record["gradient"].values()) > 0
+    with pytest.raises(TrainingStopped):
+        train(run, tmp_path / "stopped", progress=SignalAt("train", 3, signal.SIGTERM))  # type: ignore[arg-type]
+    train(run, tmp_path / "stopped", resume=True)
+    assert untimed(tmp_path / "whole") == untimed(tmp_path / "stopped")
+    assert_same_tensors(tmp_path / "whole" / "last.safetensors", tmp_path / "stopped" / "last.safetensors")

@@ -76,6 +76,7 @@ def test_every_sample_is_read_from_its_own_place(tmp_path: Path) -> None:
     for sample, file in zip(source.samples, ("clips/a.png", "web/a.png", "set/images/a.png"), strict=True):
         assert np.array_equal(source.image(sample), np.asarray(Image.open(tmp_path / file)))
         assert source.size(sample) == (2, 3)
+        assert source.image_file(sample) == tmp_path / file
         assert source.excluded(sample) is None if sample.labelled else not sample.labelled
     assert len({source.image_digest(sample) for sample in source.samples}) == 3
     assert source.labels(source.samples[-1]).tolist() == [[1] * 3] * 2

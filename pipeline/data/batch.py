@@ -39,11 +39,11 @@ class Batch:
     """One training step's input."""
 
     images_N3HW: Tensor
-    """float32 RGB, normalised as the student's description says."""
+    """float32 RGB, normalised as the student's description says; at its scale, which may be another than the crop's."""
     labels_NHW: Tensor
     """int64, 255 = ignore; all 255 where a sample's label may not be used."""
     labelled_N: Tensor
-    """bool: whether the crop comes from a sample of role train."""
+    """bool: whether the crop comes from a sample of role train. Such crops come first."""
     sources: Sources | None
     """None when nothing is distilled."""
     damaged: Mapping[str, str] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from segkd.pipeline.data.contamination import Policy
 from segkd.pipeline.data.images import MAX_PIXELS
 from segkd.pipeline.data.layouts import LAYOUTS
 from segkd.pipeline.data.layouts.layout import EXCLUDED, IGNORED
@@ -20,7 +21,7 @@ Reader = Literal[
     "ade20k", "camvid", "cityscapes", "coco_stuff", "folder", "list", "pascal_context", "scenes", "voc2012"
 ]
 
-_ALL = {"unlabelled", "max_pixels"}
+_ALL = {"unlabelled", "max_pixels", "compare_contents"}
 _FILES = _ALL | {"root", "group", "lists", "classes", "palette", "label_values", "label_colours"}
 _OPTIONS: Mapping[str, set[str]] = {
     **dict.fromkeys(LAYOUTS, _FILES | {"folders", "fractions"}),
@@ -85,6 +86,9 @@ class DataConfig:
     """Colour of a label map -> the same: ``"#804080" = "road"`` or ``"128,64,128" = "road"``."""
     max_pixels: int = MAX_PIXELS
     """Larger images are refused before they are decoded."""
+    compare_contents: Policy = "refuse"
+    """What is done where an image that is learned from is one of role select or report too, by its pixels or re-encoded
+    or scaled: ``refuse`` or ``warn``. ``off`` does not compare; else every image is decoded once, and remembered."""
     scenes: SceneConfig = field(default_factory=SceneConfig)
     """``scenes``: what is generated."""
 

@@ -23,6 +23,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from segkd.pipeline.data.matlab import read_label_map
 from segkd.storage.errors import DataError
+from segkd.storage.table import DIGEST_BYTES
 
 MAX_PIXELS = 200_000_000
 """The bound on an image's pixels unless a run file says otherwise."""
@@ -83,10 +84,10 @@ def read_raw_labels(
 
 
 def digest(path: Path) -> bytes:
-    """SHA-256 of the file's bytes."""
+    """What a cache keeps of the SHA-256 of the file's bytes."""
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+            return hashlib.file_digest(file, "sha256").digest()[:DIGEST_BYTES]
     except OSError as error:
         raise _unreadable(path, error) from error
 

@@ -24,6 +24,7 @@ from segkd.pipeline.data.scene_materials import FloatArray
 from segkd.pipeline.data.scene_places import Maker, Place
 from segkd.pipeline.data.scene_view import View
 from segkd.storage.errors import ConfigError, DataError
+from segkd.storage.table import DIGEST_BYTES
 
 Picture = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
 
@@ -112,9 +113,12 @@ class SceneSource:
         """H,W,3. Raises DataError for a sample of another source."""
         return _paint(self.config, sample.role, self._number(sample))[0].copy()
 
+    def image_file(self, sample: Sample) -> None:
+        """There is none."""
+
     def image_digest(self, sample: Sample) -> bytes:
-        """SHA-256 of the pixels."""
-        return hashlib.sha256(self.image(sample).tobytes()).digest()
+        """What a cache keeps of the SHA-256 of the pixels."""
+        return hashlib.sha256(self.image(sample).tobytes()).digest()[:DIGEST_BYTES]
 
     def labels(self, sample: Sample) -> npt.NDArray[np.uint8]:
         """H,W class indices; every pixel has one."""

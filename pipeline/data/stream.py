@@ -2,30 +2,31 @@
 
 A batch is a pure function of the seed and its step, whatever the number of processes and wherever a run was resumed.
 
-Shapes: N crops of H,W pixels; S sources (here one a crop), each with a window of h,w teacher cells.
+Shapes: N crops of H,W pixels.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from segkd.pipeline.data.batch import Batch, Sources
+from segkd.pipeline.data.batch import Batch
+from segkd.pipeline.data.mixing import Piece, compose, draw_rectangle
 from segkd.pipeline.data.photometric import jitter
+from segkd.pipeline.data.pools import Draw, Pool, certain
 from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample, with_role
-from segkd.pipeline.data.transforms import AugmentConfig, BoolArray, Crop, Window, window_of
+from segkd.pipeline.data.sources import Knowledge, KnowledgeReader, OnDamage, by
+from segkd.pipeline.data.transforms import AugmentConfig, BoolArray, Crop
 from segkd.pipeline.models.network import Preprocessing
-from segkd.pipeline.models.preprocessing import normalise
-from segkd.storage.errors import CacheDamagedError, CacheMismatchError, ConfigError, ContaminationError, DataError
+from segkd.pipeline.models.preprocessing import normalise, resized
+from segkd.storage.errors import ConfigError, DataError
 from segkd.storage.reader import CacheReader
-from segkd.storage.table import Entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +37,13 @@ class StreamConfig:
     """Samples of role train in a batch."""
     auxiliary: int = 0
     """Samples of role auxiliary in a batch; their labels are never read."""
+    least_confidence: float = 0.0
+    """The mean largest class probability, by the cache, that an auxiliary sample must have to be drawn."""
+    most_entropy: float = math.inf
+    """The mean entropy in nats, by the cache, that an auxiliary sample may have to be drawn."""
     seed: int = 0
     """Of the order and the augmentation."""
-    on_damage: Literal["fail", "skip"] = "fail"
+    on_damage: OnDamage = "fail"
     """What is done about a crop whose part of the cache is damaged: raise, or leave the teacher's knowledge out."""
 
     def __post_init__(self) -> None:
@@ -50,32 +55,16 @@ class StreamConfig:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One crop of a batch, before it is cut: nothing else decides what it shows."""
-
-    sample: Sample
-    epoch: int
-
-
-@dataclass(frozen=True)
-class _Knowledge:
-    """What the cache holds of one crop."""
-
-    window: Window
-    codes: Mapping[str, npt.NDArray[np.generic]]
-    rungs: Mapping[str, int]
-
-
-@dataclass(frozen=True)
 class _Item:
-    """One crop: image H,W,3, labels H,W and the teacher's knowledge of it."""
+    """One crop: image H',W',3 at the network's scale, labels H,W and the teacher's knowledge of it."""
 
     image: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.uint8]
     labelled: bool
-    knowledge: _Knowledge | None
-    damage: str | None
-    """What is wrong with the cache's part of this crop, which is left out."""
+    knowledge: Sequence[Knowledge]
+    """Of each image that the crop shows; empty without a cache."""
+    damaged: dict[str, str]
+    """What is wrong with the cache's part of samples of this crop, which is left out."""
 
 
 class TrainStream(Dataset[Batch]):
@@ -85,9 +74,10 @@ class TrainStream(Dataset[Batch]):
     select or report are never drawn. With ``cache=None`` nothing is distilled and a batch has no sources. Where damage
     to the cache is skipped, a crop that it concerns has a source of which no cell counts.
 
-    Raises ConfigError for a pool without samples and for auxiliary samples without a cache, CacheMismatchError where
-    the cache is of other classes, targets, samples or images, and ContaminationError where a sample that is to be
-    learned from is one of role select or report in the cache. A batch raises CacheDamagedError unless that is skipped.
+    Raises ConfigError for a pool without samples, auxiliary samples without a cache and a mix without a second image,
+    CacheMismatchError where the cache is of other classes, targets, samples or images, and ContaminationError where a
+    sample that is to be learned from is one of role select or report in the cache. A batch raises CacheDamagedError
+    unless that is skipped.
     """
 
     def __init__(
@@ -105,104 +95,93 @@ class TrainStream(Dataset[Batch]):
                 "they are learned from through the teacher alone: set auxiliary to 0, or distil"
             )
         self._source = source
-        self._cache = cache
-        self._targets = targets
         self._config = stream
         self._augment = augment
         self._preprocessing = preprocessing
-        self._labelled = _Pool(source, Role.TRAIN, stream.labelled, stream.seed)
-        self._auxiliary = _Pool(source, Role.AUXILIARY, stream.auxiliary, stream.seed)
-        self._verified: set[str] = set()
+        self._knowledge: KnowledgeReader | None = None
+        labelled = with_role(source, Role.TRAIN) if stream.labelled else ()
+        auxiliary = with_role(source, Role.AUXILIARY) if stream.auxiliary else ()
+        self._given = {Role.TRAIN: len(labelled), Role.AUXILIARY: len(auxiliary)}
         if cache is not None:
-            _check_cache(cache, source, targets, (*self._labelled.samples, *self._auxiliary.samples), stream.on_damage)
+            self._knowledge = KnowledgeReader(cache, source, targets, stream.on_damage)
+            self._knowledge.check((*labelled, *auxiliary))
+            auxiliary = certain(auxiliary, cache, stream.least_confidence, stream.most_entropy)
+        self._labelled = Pool(labelled, Role.TRAIN, stream.labelled, stream.seed)
+        self._auxiliary = Pool(auxiliary, Role.AUXILIARY, stream.auxiliary, stream.seed)
+        if augment.cutmix and len(self._auxiliary.samples) == 1:
+            raise ConfigError(
+                f"augment.cutmix is {augment.cutmix:g}, but there is only one auxiliary sample to draw from, "
+                "and a mix needs two; set it to 0, or provide more images"
+            )
+
+    @property
+    def pools(self) -> dict[str, dict[str, int]]:
+        """Per role how many samples a batch could be made of, and how many of them are drawn from."""
+        drawn = {Role.TRAIN: self._labelled.samples, Role.AUXILIARY: self._auxiliary.samples}
+        return {role: {"samples": count, "drawn": len(drawn[role])} for role, count in self._given.items()}
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """Whatever a batch may draw from, labelled ones first."""
+        return (*self._labelled.samples, *self._auxiliary.samples)
 
     def draws(self, step: int) -> tuple[Draw, ...]:
-        """The crops of a batch in its order, labelled ones first."""
+        """The crops of a batch in its order, labelled ones first. A mixed crop has a second sample."""
         return (*self._labelled.draws(step), *self._auxiliary.draws(step))
 
     def __getitem__(self, step: int) -> Batch:
-        draws = self.draws(step)
-        items = [self._item(draw) for draw in draws]
+        items = [self._item(draw) for draw in self.draws(step)]
         images_NHW3 = np.stack([item.image for item in items])
         images_N3HW = torch.from_numpy(np.ascontiguousarray(images_NHW3.transpose(0, 3, 1, 2)))
+        reader = self._knowledge
         return Batch(
             images_N3HW=normalise(images_N3HW, self._preprocessing),
             labels_NHW=torch.from_numpy(np.stack([item.labels for item in items])).long(),
             labelled_N=torch.tensor([item.labelled for item in items]),
-            sources=None if self._cache is None else _collate(self._cache, items, self._targets),
-            damaged={draw.sample.id: item.damage for draw, item in zip(draws, items, strict=True) if item.damage},
+            sources=None if reader is None else reader.collate([item.knowledge for item in items]),
+            damaged={sample: why for item in items for sample, why in item.damaged.items()},
         )
 
     def _item(self, draw: Draw) -> _Item:
-        sample = draw.sample
-        labelled = sample.role is Role.TRAIN
-        rng = np.random.default_rng([self._config.seed, draw.epoch, *_words(sample.id)])
-        image = self._source.image(sample)
-        crop = Crop.draw(rng, image.shape[:2], self._augment)
+        labelled = draw.sample.role is Role.TRAIN
+        rng = draw.generator(self._config.seed)
+        pieces = self._pieces(draw, rng)
+        size = pieces[0].crop.size
         strength = self._augment.photometric if labelled else self._augment.auxiliary_photometric
-        owned = self._owned(sample, crop) if labelled else crop.inside()
-        knowledge, damage = self._knowledge_or_damage(sample, crop, owned)
+        found = {} if self._knowledge is None else {piece.sample.id: self._knowledge.of(piece) for piece in pieces}
         return _Item(
-            image=jitter(crop.image(image), rng, strength),
-            labels=crop.labels(self._label_map(sample, crop)) if labelled else np.full(crop.size, IGNORE, np.uint8),
+            image=jitter(resized(compose(pieces), self._preprocessing.scaled(*size)), rng, strength),
+            labels=self._labels(pieces[0]) if labelled else np.full(size, IGNORE, np.uint8),
             labelled=labelled,
-            knowledge=knowledge,
-            damage=damage,
+            knowledge=[knowledge for knowledge, _ in found.values()],
+            damaged={sample: damage for sample, (_, damage) in found.items() if damage is not None},
         )
 
-    def _label_map(self, sample: Sample, crop: Crop) -> npt.NDArray[np.uint8]:
-        labels = self._source.labels(sample)
+    def _pieces(self, draw: Draw, rng: np.random.Generator) -> list[Piece]:
+        """What the crop shows: one image, or a second one in a rectangle of the first."""
+        whole = self._piece(draw.sample, rng, np.ones(self._augment.crop, np.bool_))
+        if draw.sample.role is not Role.AUXILIARY or not self._augment.cutmix:
+            return [whole]
+        # A generator of its own, so that the first image is cut and perturbed as it would be alone.
+        (mixing,) = rng.spawn(1)
+        if mixing.random() >= self._augment.cutmix:
+            return [whole]
+        rectangle = draw_rectangle(mixing, self._augment.crop)
+        other = self._auxiliary.another(draw.sample, mixing)
+        return [replace(whole, region=~rectangle), self._piece(other, mixing, rectangle)]
+
+    def _piece(self, sample: Sample, rng: np.random.Generator, region: BoolArray) -> Piece:
+        image = self._source.image(sample)
+        return Piece(sample, image, Crop.draw(rng, image.shape[:2], self._augment), region)
+
+    def _labels(self, piece: Piece) -> npt.NDArray[np.uint8]:
+        labels, crop = self._source.labels(piece.sample), piece.crop
         if labels.shape != crop.image_size:
             raise DataError(
-                f"the labels of {sample.id} are {_by(labels.shape)} pixels, its image is {_by(crop.image_size)}; "
+                f"the labels of {piece.sample.id} are {by(labels.shape)} pixels, its image is {by(crop.image_size)}; "
                 "they must be of one size: segkd data check lists all such samples"
             )
-        return labels
-
-    def _owned(self, sample: Sample, crop: Crop) -> BoolArray:
-        """H,W of the crop: pixels that show the image, and of it something of the scene."""
-        excluded = None if self._cache is None else self._source.excluded(sample)
-        return crop.inside() if excluded is None else crop.labels(excluded.astype(np.uint8)) == 0
-
-    def _knowledge_or_damage(
-        self, sample: Sample, crop: Crop, owned: BoolArray
-    ) -> tuple[_Knowledge | None, str | None]:
-        if self._cache is None:
-            return None, None
-        try:
-            return self._knowledge(self._cache, sample, crop, owned), None
-        except CacheDamagedError as error:
-            if self._config.on_damage == "fail":
-                raise CacheDamagedError(
-                    f"sample {sample.id}: {error}; or go on without what the teacher knows of such samples: "
-                    "--on-damage skip --resume"
-                ) from error
-            return _no_knowledge(self._cache, self._targets), str(error)
-
-    def _knowledge(self, cache: CacheReader, sample: Sample, crop: Crop, owned: BoolArray) -> _Knowledge:
-        entry = cache.entry(sample.id)
-        self._check_image(sample, entry, crop)
-        window = window_of(crop, entry.mapping, owned)
-        return _Knowledge(
-            window=window,
-            codes={name: cache.window(entry, name, window.rows, window.columns) for name in self._targets},
-            rungs={name: entry.rungs[name] for name in self._targets},
-        )
-
-    def _check_image(self, sample: Sample, entry: Entry, crop: Crop) -> None:
-        """The image must be the one that the teacher saw; its digest is computed once a process."""
-        remedy = "run segkd teacher-cache again"
-        if crop.image_size != entry.image_size:
-            raise CacheMismatchError(
-                f"the image of {sample.id} is {_by(crop.image_size)} pixels, "
-                f"the teacher saw one of {_by(entry.image_size)}; {remedy}"
-            )
-        if sample.id not in self._verified:
-            if self._source.image_digest(sample) != entry.image_digest:
-                raise CacheMismatchError(
-                    f"the image of {sample.id} is not the one that the teacher saw: its digest differs; {remedy}"
-                )
-            self._verified.add(sample.id)
+        return crop.labels(labels)
 
 
 def loader(stream: TrainStream, start: int, stop: int, workers: int) -> DataLoader[Batch]:
@@ -215,123 +194,3 @@ def loader(stream: TrainStream, start: int, stop: int, workers: int) -> DataLoad
         # Without one of its own, a loader draws from torch's global generator, and a resumed run would differ.
         generator=torch.Generator(),
     )
-
-
-class _Pool:
-    """The samples of one role, in an order that is a pure function of (seed, epoch)."""
-
-    def __init__(self, source: DataSource, role: Role, share: int, seed: int) -> None:
-        self.samples = with_role(source, role) if share else ()
-        if share and not self.samples:
-            raise ConfigError(
-                f"a batch needs {share} samples of role {role}, but the data has none; "
-                "give some samples this role, or ask for 0"
-            )
-        self._share = share
-        self._entropy = (seed, list(Role).index(role))
-        self._order: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
-
-    def draws(self, step: int) -> list[Draw]:
-        """The pool's part of a batch: the next samples of one endless sequence of epochs."""
-        return [self._draw(k) for k in range(step * self._share, (step + 1) * self._share)]
-
-    def _draw(self, k: int) -> Draw:
-        epoch, position = divmod(k, len(self.samples))
-        if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([*self._entropy, epoch]).permutation(len(self.samples))
-        return Draw(self.samples[self._order[1][position]], epoch)
-
-
-def _check_cache(
-    cache: CacheReader,
-    source: DataSource,
-    targets: tuple[str, ...],
-    samples: Sequence[Sample],
-    on_damage: Literal["fail", "skip"],
-) -> None:
-    """Raises where the cache cannot serve these samples, or must not."""
-    if cache.spec.classes != source.classes.names:
-        raise CacheMismatchError(
-            f"the cache is of the classes {', '.join(cache.spec.classes)}, "
-            f"the data of {', '.join(source.classes.names)}; use a cache written for these data"
-        )
-    for name in targets:
-        if name not in cache.spec.targets:
-            raise CacheMismatchError(
-                f"the cache keeps no target {name!r}, only {', '.join(cache.spec.targets)}; "
-                "write it again with that target, or give its loss the weight 0"
-            )
-    for sample in samples:
-        try:
-            role = cache.entry(sample.id).role
-        except CacheDamagedError as error:
-            if on_damage == "fail":
-                raise CacheDamagedError(
-                    f"sample {sample.id}: {error}; or train without what the teacher knows of such samples: "
-                    "--on-damage skip"
-                ) from error
-            continue
-        if role in (Role.SELECT, Role.REPORT):
-            raise ContaminationError(
-                f"sample {sample.id} has role {sample.role} in the data but {role} in the cache, "
-                "and such samples must not be learned from; correct the lists of the data"
-            )
-        if role != sample.role:
-            raise CacheMismatchError(
-                f"sample {sample.id} has role {sample.role} in the data but {role} in the cache; "
-                "correct the lists of the data, or run segkd teacher-cache again"
-            )
-
-
-def _no_knowledge(cache: CacheReader, targets: tuple[str, ...]) -> _Knowledge:
-    """One cell that does not count: a crop whose part of the cache is damaged is still a crop with a source."""
-    uncounted = np.zeros((1, 1), np.bool_)
-    specs = {name: cache.spec.targets[name] for name in targets}
-    return _Knowledge(
-        window=Window(range(1), range(1), np.array([[1.0, 0.0], [1.0, 0.0]]), uncounted, uncounted),
-        codes={name: np.zeros((spec.channels, 1, 1), spec.coder.dtype) for name, spec in specs.items()},
-        rungs=dict.fromkeys(targets, 0),
-    )
-
-
-def _collate(cache: CacheReader, crops: Sequence[_Item], targets: tuple[str, ...]) -> Sources:
-    items = [crop.knowledge for crop in crops if crop.knowledge is not None]
-    height, width = (max(item.window.counts.shape[axis] for item in items) for axis in (0, 1))
-    padded = {name: _pad(_of_one_kind(cache, name, items), height, width) for name in targets}
-    return Sources(
-        crop_S=torch.arange(len(items)),
-        cell_to_crop_S22=torch.from_numpy(np.stack([item.window.cell_to_crop for item in items])),
-        counts_Shw=_pad([item.window.counts for item in items], height, width),
-        counts_first_Shw=_pad([item.window.counts_first for item in items], height, width),
-        codes=padded,
-        rungs={name: torch.tensor([item.rungs[name] for item in items]) for name in targets},
-    )
-
-
-def _of_one_kind(cache: CacheReader, target: str, items: Sequence[_Knowledge]) -> list[npt.NDArray[np.generic]]:
-    """The items' codes; float32 values of all of them where only some are kept exactly.
-
-    Such values stand for themselves as codes: decoding leaves them as they are.
-    """
-    codes = [item.codes[target] for item in items]
-    if len({array.dtype for array in codes}) == 1:
-        return codes
-    rungs = [np.array([item.rungs[target]]) for item in items]
-    return [cache.decode(target, array[None], rung)[0] for array, rung in zip(codes, rungs, strict=True)]
-
-
-def _pad(arrays: Sequence[npt.NDArray[np.generic]], height: int, width: int) -> torch.Tensor:
-    """Arrays (..., h, w), filled up with zeros at the end of both axes and stacked."""
-    stacked = np.zeros((len(arrays), *arrays[0].shape[:-2], height, width), arrays[0].dtype)
-    for target, array in zip(stacked, arrays, strict=True):
-        target[..., : array.shape[-2], : array.shape[-1]] = array
-    return torch.from_numpy(stacked)
-
-
-def _words(sample_id: str) -> npt.NDArray[np.uint32]:
-    """A sample's id as numbers that are the same on every machine and in every process."""
-    return np.frombuffer(hashlib.sha256(sample_id.encode()).digest(), "<u4")
-
-
-def _by(size: tuple[int, ...]) -> str:
-    return "x".join(map(str, size))

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from segkd.pipeline.data.sample import IGNORE
+from segkd.pipeline.evidence import Evidence
 from segkd.pipeline.models.network import IMAGENET_MEAN
 from segkd.storage.errors import ConfigError
 from segkd.storage.geometry import Affine, Axis, Mapping, flip, resize, shift
@@ -30,6 +32,8 @@ PADDING = tuple(round(255 * channel) for channel in IMAGENET_MEAN)
 class AugmentConfig:
     """How training crops are drawn."""
 
+    evidence: ClassVar[Evidence] = {"cutmix": None}
+
     crop: tuple[int, int] = (256, 256)
     """Height and width of a crop in pixels; an image that is smaller after scaling is padded."""
     scale: tuple[float, float] = (0.5, 2.0)
@@ -39,7 +43,11 @@ class AugmentConfig:
     photometric: float = 0.5
     """Strength of the colour and blur perturbation of labelled samples; 0 = none, 1 = strong."""
     auxiliary_photometric: float = 1.0
-    """The same for auxiliary samples, which stand more of it: the teacher's word does not depend on it."""
+    """The same for auxiliary samples, which stand more of it: the teacher's word does not depend on it. Labelled ones
+    get as much with ``photometric = 1.0``."""
+    cutmix: float = 0.0
+    """Probability that an auxiliary crop is a mix of two auxiliary images: a rectangle of one, of random size, put into
+    the other (CutMix). Each part is learned from its own image's targets."""
 
     def __post_init__(self) -> None:
         if min(self.crop) < 1:
@@ -50,6 +58,8 @@ class AugmentConfig:
         for name in ("photometric", "auxiliary_photometric"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"augment.{name} is {getattr(self, name)}; it must be 0 (none) or more")
+        if not 0 <= self.cutmix <= 1:
+            raise ConfigError(f"augment.cutmix is {self.cutmix}; a probability is between 0 (never) and 1 (always)")
 
 
 @dataclass(frozen=True)
@@ -139,14 +149,15 @@ class Window:
 
 
 def window_of(crop: Crop, mapping: Mapping, owned: BoolArray) -> Window:
-    """The smallest window that holds every cell whose centre lies in the crop.
+    """The smallest window that holds every cell whose centre lies in the crop, among the pixels of this image.
 
     ``mapping`` places the teacher's cells, all of which lie in the image, in the image's pixels. ``owned`` (H,W of the
-    crop) marks the pixels that come from this image: ``crop.inside()`` unless crops are mixed. A crop that no cell's
-    centre falls into gets the nearest cell, which does not count, so that a window is never empty.
+    crop) marks the pixels that come from this image: ``crop.inside()`` unless crops are mixed. Where no cell's centre
+    lies among them the window is the nearest cell, which does not count, so that one is never empty.
     """
     placed = mapping.through(crop.y.inverse(), crop.x.inverse())
-    rows, columns = _cells(placed.y, crop.size[0]), _cells(placed.x, crop.size[1])
+    rows = _cells(placed.y, np.flatnonzero(owned.any(1)))
+    columns = _cells(placed.x, np.flatnonzero(owned.any(0)))
     part = placed.part(rows, columns)
     (pixel_y, in_y), (pixel_x, in_x) = _pixels(part.y, crop.size[0]), _pixels(part.x, crop.size[1])
     counts = owned[np.ix_(pixel_y, pixel_x)] & in_y[:, None] & in_x
@@ -182,9 +193,10 @@ def _nearest(axis: Affine, visible: range) -> npt.NDArray[np.intp]:
     return np.floor(axis.scale * np.asarray(visible) + axis.offset + 0.5).astype(np.intp)
 
 
-def _cells(axis: Axis, size: int) -> range:
-    """The cells whose centres lie in the crop, or the one nearest to it."""
-    cells = axis.inside(-0.5, size - 0.5)
+def _cells(axis: Axis, pixels: npt.NDArray[np.intp]) -> range:
+    """The cells whose centres lie between the first and the last of these pixels, or the one nearest to the first."""
+    first, last = (int(pixels[0]), int(pixels[-1])) if len(pixels) else (0, 0)
+    cells = axis.inside(first - 0.5, last + 0.5)
     if cells:
         return cells
     nearest = min(cells.start, axis.cells - 1)

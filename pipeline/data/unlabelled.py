@@ -41,6 +41,9 @@ class JoinedSource:
     def image(self, sample: Sample) -> npt.NDArray[np.uint8]:
         return self._of(sample).image(sample)
 
+    def image_file(self, sample: Sample) -> Path | None:
+        return self._of(sample).image_file(sample)
+
     def image_digest(self, sample: Sample) -> bytes:
         return self._of(sample).image_digest(sample)
 

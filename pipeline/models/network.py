@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from segkd.storage.errors import ConfigError
-from segkd.storage.geometry import Axis, Convention, Mapping, network_axis
+from segkd.storage.geometry import Axis, Convention, Mapping, network_axis, resize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -38,6 +38,10 @@ class Grid:
     def mapping(self, height: int, width: int) -> Mapping:
         """The grid in an input of ``height`` x ``width`` pixels."""
         return Mapping(self.axis(height), self.axis(width))
+
+    def mapping_in(self, crop: tuple[int, int], fed: tuple[int, int]) -> Mapping:
+        """The same cells in the pixels of a crop (H, W) that the network was fed at the size ``fed`` (H', W')."""
+        return self.mapping(*fed).through(resize(crop[0], fed[0]), resize(crop[1], fed[1]))
 
 
 @runtime_checkable
@@ -65,7 +69,9 @@ class Preprocessing:
     channels: Literal["RGB", "BGR"] = "RGB"
     """The order that the network was trained with."""
     resize: tuple[int, int] | None = None
-    """Height and width that every image is brought to; none keeps its size."""
+    """Height and width that every image is brought to; none keeps its size. Training crops are not: see ``scale``."""
+    scale: float = 1.0
+    """Factor on the sides of images, and of training crops: 0.5 works at half resolution. Labels keep their size."""
     multiple_of: int = 1
     """Right and lower padding brings both sides to a multiple of this; padded cells are not kept."""
     pad: Literal["mean", "edge"] = "mean"
@@ -76,6 +82,14 @@ class Preprocessing:
             raise ConfigError(f"mean is {list(self.mean)} and std {list(self.std)}; std must be above 0, both finite")
         if min(self.multiple_of, *(self.resize or (1,))) < 1:
             raise ConfigError(f"multiple_of is {self.multiple_of} and resize {self.resize}; all must be at least 1")
+        if not 0 < self.scale < math.inf:
+            raise ConfigError(f"scale is {self.scale}; it must be a finite number above 0 (1 keeps the size)")
+        if self.resize is not None and self.scale != 1:
+            raise ConfigError(f"resize is {list(self.resize)} and scale {self.scale}; keep one of them")
+
+    def scaled(self, height: int, width: int) -> tuple[int, int]:
+        """The size that an image, or a training crop, of ``height`` x ``width`` pixels is brought to by ``scale``."""
+        return max(1, round(height * self.scale)), max(1, round(width * self.scale))
 
 
 @dataclass(frozen=True, kw_only=True)

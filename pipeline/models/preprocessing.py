@@ -28,18 +28,24 @@ def normalise(images_N3HW: Tensor, preprocessing: Preprocessing) -> Tensor:
     return (images - mean) / std
 
 
+def resized(image: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """The image at H', W' pixels: bilinear, antialiased where it shrinks."""
+    if size == image.shape[:2]:
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
 def placement(height: int, width: int, preprocessing: Preprocessing) -> tuple[tuple[int, int], Affine, Affine]:
     """The size H', W' of the input that an image becomes, and per axis (y, x) its pixels -> the image's."""
-    scaled = preprocessing.resize or (height, width)
+    scaled = preprocessing.resize or preprocessing.scaled(height, width)
     padded = (scaled[0] + -scaled[0] % preprocessing.multiple_of, scaled[1] + -scaled[1] % preprocessing.multiple_of)
     return padded, resize(height, scaled[0]), resize(width, scaled[1])
 
 
 def prepare(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Tensor:
     """The network's input for ``image``; :func:`placement` says where its pixels lie."""
-    height, width = preprocessing.resize or image.shape[:2]
-    if (height, width) != image.shape[:2]:
-        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    height, width = preprocessing.resize or preprocessing.scaled(*image.shape[:2])
+    image = resized(image, (height, width))
     tensor = normalise(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), preprocessing)
     bottom, right = -height % preprocessing.multiple_of, -width % preprocessing.multiple_of
     if bottom or right:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+from segkd.pipeline.evidence import Evidence
 from segkd.pipeline.models.predictor import Precision
+from segkd.pipeline.student.batch_norm import BatchNormMode
 from segkd.storage.errors import ConfigError
 
 
@@ -14,12 +16,31 @@ from segkd.storage.errors import ConfigError
 class TrainConfig:
     """Durations are in optimiser steps; samples are counted a step."""
 
+    evidence: ClassVar[Evidence] = {
+        "least_confidence": None,
+        "most_entropy": None,
+        "batch_norm=labelled": None,
+        "batch_norm=separate": None,
+        "batch_norm=frozen": None,
+    }
+
     steps: int = 20_000
     """Length of the run, and of its learning-rate schedule."""
     labelled: int = 16
     """Samples of role train in a batch."""
     auxiliary: int = 0
     """Samples of role auxiliary in a batch; they are learned from through the teacher alone."""
+    least_confidence: float = 0.0
+    """Auxiliary samples of which the teacher is less confident are not drawn: its largest class probability, a mean
+    over the image's cells that the cache keeps. 0 draws all."""
+    most_entropy: float = math.inf
+    """Auxiliary samples of more entropy are not drawn: that of the teacher's class distribution in nats, a mean over
+    the image's cells that the cache keeps. inf draws all."""
+    batch_norm: BatchNormMode = "joint"
+    """Whose statistics batch norm normalises by. ``joint``: those of the whole batch. ``labelled``: those of its
+    labelled crops. ``separate``: labelled and auxiliary crops each by their own. ``frozen``: the running ones, for a
+    student that starts from trained weights. Running statistics follow the whole batch in ``joint``, nothing in
+    ``frozen``, else the labelled crops."""
     optimiser: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum."""
     learning_rate: float = 1e-3
@@ -89,6 +110,16 @@ class TrainConfig:
             self._check_finite(name, 0.0, math.nextafter(1.0, 0.0), "at least 0 and less than 1")
         if self.labelled + self.auxiliary == 0:
             raise ConfigError("train.labelled and train.auxiliary are both 0; a batch needs samples: raise one of them")
+        if self.batch_norm in ("labelled", "separate") and not self.labelled:
+            raise ConfigError(
+                f'train.batch_norm is "{self.batch_norm}" but train.labelled is 0, so there are no statistics of '
+                'labelled crops to keep; choose "joint" or "frozen", or raise train.labelled'
+            )
+        self._check_finite("least_confidence", 0.0, 1.0, "between 0 (all samples) and 1")
+        if not self.most_entropy >= 0:
+            raise ConfigError(
+                f"train.most_entropy is {self.most_entropy}; it must be 0 or more nats (inf: all samples)"
+            )
         if self.warmup >= self.steps:
             raise ConfigError(f"train.warmup is {self.warmup}, train.steps {self.steps}; the warm-up must be shorter")
         if isinstance(self.class_weights, tuple):

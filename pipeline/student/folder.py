@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -66,7 +67,7 @@ class RunFolder:
                     shutil.rmtree(product) if product.is_dir() else product.unlink(missing_ok=True)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        write_atomically(self.run, (json.dumps(description, indent=1) + "\n").encode())
+        write_atomically(self.run, (json.dumps(_as_json(description), indent=1, allow_nan=False) + "\n").encode())
         kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
         write_atomically(self.metrics, "".join(kept).encode())
         if self._writer_class is not None:
@@ -100,6 +101,15 @@ class RunFolder:
     ) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _as_json(value: Any) -> Any:
+    """A record without infinity, for which JSON has no number: it says "inf", as TOML does."""
+    if isinstance(value, Mapping):
+        return {name: _as_json(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(inner) for inner in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def _flat(record: Record, prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -69,7 +69,7 @@ def train(
     device = find_device(config.device)
     with torch_settings(config), folder:
         student = described(run.the_student())
-        inputs = open_inputs(run, student, distill=distill)
+        inputs = open_inputs(run, student, distill=distill, progress=progress)
         fresh = Description(
             network=independent(student),
             classes=inputs.source.classes,
@@ -77,7 +77,7 @@ def train(
             validated=0,
             best=None,
             run={"distill": distill, "fingerprints": _fingerprints(inputs), **to_dict(run)},
-            samples=inputs.samples_digest(),
+            samples=inputs.seen,
         )
         if held is not None:
             require_same(held[0], fresh, folder.last)
@@ -86,7 +86,7 @@ def train(
         trainer = Trainer(
             network,
             config,
-            inputs.loss,
+            inputs.objective,
             device=device,
             cache=inputs.cache,
             class_weights=inputs.class_weights,
@@ -143,7 +143,7 @@ class _Training:
         for line in self._folder.records() if first else ():
             self._damaged |= line.get("damaged", {}) if line["step"] <= first else {}
         if first < config.steps or self._validation_is_due():
-            self._folder.open(_run_document(self._state, self._trainer), first)
+            self._folder.open(_run_document(self._state, self._inputs, self._trainer), first)
             self._save()  # Before anything is computed: a disk that cannot be written to shows now.
             self._validate_if_due()
             with self._progress.task("train", config.steps, unit="step", done=first) as task:
@@ -269,12 +269,13 @@ def _fingerprints(inputs: Inputs) -> dict[str, str]:
     return {} if inputs.cache is None else dict(inputs.cache.spec.fingerprints)
 
 
-def _run_document(state: Description, trainer: Trainer) -> dict[str, Any]:
+def _run_document(state: Description, inputs: Inputs, trainer: Trainer) -> dict[str, Any]:
     """What run.json holds."""
     versions = {"segkd": __version__, "python": platform.python_version(), "torch": torch.__version__}
     return {
         "configuration": state.run,
-        "samples": state.samples,
+        "samples": state.samples.to_dict(),
+        "pools": inputs.stream.pools,
         "classes": list(state.classes.names),
         "versions": {**versions, "numpy": np.__version__},
         "device": str(trainer.device),

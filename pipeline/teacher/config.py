@@ -42,8 +42,8 @@ class CacheConfig:
     """What becomes of a sample that cannot be kept within max_kl: it is kept in float16, or stage 1 stops."""
     max_first_order_error: float = 1 / 256
     """The largest absolute error of the first-order map (of the softmax) that writing may cost a cell."""
-    tile: int = 64
-    """Side of a tile in cells: what a window read fetches at least."""
+    tile: int = 0
+    """Side of a tile in cells: what a window read fetches at least. 0: as suits the grids that a cache begins with."""
     unit_samples: int = 64
     """Samples of a unit: what an interruption costs at most."""
     batch: int = 8
@@ -76,8 +76,10 @@ class CacheConfig:
                 raise ConfigError(
                     f"max_kl = {self.max_kl:g} and budget = {self.budget!r} both bound the error; keep one"
                 )
-        for name in ("tile", "unit_samples", "batch", "decoders"):
+        for name in ("unit_samples", "batch", "decoders"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.tile > LARGEST_TILE:
-            raise ConfigError(f"tile must be at most {LARGEST_TILE}, got {self.tile}: a window reads whole tiles")
+        if not 0 <= self.tile <= LARGEST_TILE:
+            raise ConfigError(
+                f"tile must be 1 to {LARGEST_TILE} cells, or 0 for a side that suits the samples, got {self.tile}"
+            )

@@ -19,7 +19,7 @@ from segkd.pipeline.teacher.loop import ahead
 from segkd.pipeline.teacher.opened import Opened
 from segkd.storage.errors import CacheError, CacheMismatchError
 from segkd.storage.generation import METADATA, ONLY_CHUNK, REMOVED, Generation, generations_of, read_spec
-from segkd.storage.layout import Plan, PlannedSample, plan_units
+from segkd.storage.layout import Plan, PlannedSample
 from segkd.storage.reader import CacheReader
 from segkd.storage.sealing import close_generation, seal_generations
 from segkd.storage.spec import require_equal
@@ -75,12 +75,12 @@ def find_work(opened: Opened, *, close: bool = False, progress: Progress = SILEN
     """
     root = Path(opened.config.path)
     if not (root / METADATA).exists():
-        return Work(generation=0, plan=_plan(opened, opened.planned), changes=Changes())
+        return Work(generation=0, plan=opened.units(opened.planned), changes=Changes())
     require_equal(opened.spec, read_spec(root), str(root))
     generations = generations_of(root, opened.spec)
     last = generations[-1] if generations else None
     if last is None:
-        return Work(generation=0, plan=_plan(opened, opened.planned), changes=Changes())
+        return Work(generation=0, plan=opened.units(opened.planned), changes=Changes())
     if any(not before.sealed for before in generations[:-1]) and not seal_generations(root):
         raise CacheError(f"{root} lacks units of an earlier generation; write them with segkd cache repair first")
     if last.sealed:
@@ -95,15 +95,6 @@ def find_work(opened: Opened, *, close: bool = False, progress: Progress = SILEN
     return _further(opened, len(generations), progress)
 
 
-def _plan(opened: Opened, samples: list[PlannedSample]) -> Plan:
-    return plan_units(
-        samples,
-        unit_samples=opened.config.unit_samples,
-        tile=opened.spec.tile,
-        cell_bytes=opened.spec.cell_bytes,
-    )
-
-
 def _further(opened: Opened, generation: int, progress: Progress) -> Work | None:
     """The next generation of a cache whose generations are all sealed."""
     reader = CacheReader(opened.config.path)
@@ -112,7 +103,7 @@ def _further(opened: Opened, generation: int, progress: Progress) -> Work | None
     if changes:
         logger.info("%s: %s since it was finished; they make generation %d", reader.path, changes, generation)
         return _work(opened, generation, changes)
-    first = _plan(opened, opened.planned)
+    first = opened.units(opened.planned)
     if generation == 1 and first.spec == reader.generations[0].plan:
         return Work(generation=0, plan=first, changes=changes)
     return None
@@ -121,7 +112,7 @@ def _further(opened: Opened, generation: int, progress: Progress) -> Work | None
 def _continued(opened: Opened, unfinished: Generation, progress: Progress) -> Work | None:
     """The unfinished generation, if it was begun with this list."""
     if unfinished.number == 0:
-        work = Work(generation=0, plan=_plan(opened, opened.planned), changes=Changes())
+        work = Work(generation=0, plan=opened.units(opened.planned), changes=Changes())
     else:
         changes, kept = _compare(opened, CacheReader(opened.config.path).entries())
         if _says_what_it_removes(unfinished):
@@ -143,7 +134,7 @@ def _says_what_it_removes(unfinished: Generation) -> bool:
 
 def _work(opened: Opened, generation: int, changes: Changes) -> Work:
     written = {*changes.added, *changes.changed}
-    plan = _plan(opened, [sample for sample in opened.planned if sample.id in written])
+    plan = opened.units([sample for sample in opened.planned if sample.id in written])
     return Work(generation=generation, plan=plan, changes=changes)
 
 

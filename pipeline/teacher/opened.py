@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from segkd.pipeline.config import RunConfig
 from segkd.pipeline.data.readers import open_data
@@ -17,7 +18,8 @@ from segkd.pipeline.teacher.fingerprints import fingerprints, portable
 from segkd.pipeline.teacher.loop import Stage1
 from segkd.pipeline.teacher.targets import TARGETS
 from segkd.storage.errors import DataError
-from segkd.storage.layout import Plan, PlannedSample, plan_units
+from segkd.storage.generation import tile_of
+from segkd.storage.layout import Plan, PlannedSample, plan_units, usual_tile
 from segkd.storage.spec import CacheSpec, TargetSpec
 
 
@@ -36,8 +38,12 @@ class Opened:
 
     def units(self, samples: Sequence[PlannedSample]) -> Plan:
         """The units of these samples, all of them or the newly added ones."""
-        config = self.config
-        return plan_units(samples, unit_samples=config.unit_samples, tile=config.tile, cell_bytes=self.spec.cell_bytes)
+        return plan_units(
+            samples,
+            unit_samples=self.config.unit_samples,
+            tile=self.spec.tile,
+            cell_bytes=self.spec.cell_bytes,
+        )
 
     def stage(self, plan: Plan) -> Stage1:
         """Stage 1 over a plan of these samples."""
@@ -63,12 +69,14 @@ def open_run(run: RunConfig) -> Opened:
     network = load_network(teacher, len(teacher.classes or data.classes.names))
     device = find_device(config.device)
     predictor = Predictor(network, teacher, data.classes.names, device=device, precision=config.precision)
+    planned = plan_samples(data, samples, predictor, threads=config.decoders)
     targets = target_specs(config, len(data.classes))
     kept = {**portable(teacher), "precision": config.precision}
     spec = CacheSpec(
         classes=data.classes.names,
         targets=targets,
-        tile=config.tile,
+        # What a cache was begun with stays, whatever its list has become.
+        tile=config.tile or tile_of(Path(config.path), usual_tile(planned)),
         fingerprints=fingerprints(network, kept, teacher.reference, data.classes, targets.values()),
         teacher=kept,
     )
@@ -77,7 +85,7 @@ def open_run(run: RunConfig) -> Opened:
         data=data,
         samples={sample.id: sample for sample in samples},
         predictor=predictor,
-        planned=plan_samples(data, samples, predictor, threads=config.decoders),
+        planned=planned,
         spec=spec,
     )
 

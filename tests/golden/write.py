@@ -74,7 +74,7 @@ def coded(sample: PlannedSample, generation: int, cache: CacheSpec) -> CodedSamp
     exact = sample.id in KEPT_EXACT
     rung = EXACT if exact else RUNG
     return CodedSample(
-        image_digest=sample.id.encode().ljust(32, b"."),
+        image_digest=sample.id.encode().ljust(16, b"."),
         codes={
             "soft": to_float16(log_probs[None])[0] if exact else soft.encode(log_probs[None], np.array([rung]))[0],
             "first_order": local.encode(first_order(log_probs)[None], np.array([0]))[0],

@@ -1,0 +1,178 @@
+"""What the cache knows of the images that crops show: checked against the data, read by windows, put into a batch.
+
+Shapes: S sources, each with a window of h,w teacher cells; codes channels,h,w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from segkd.pipeline.data.batch import Sources
+from segkd.pipeline.data.mixing import Piece
+from segkd.pipeline.data.sample import DataSource, Role, Sample
+from segkd.pipeline.data.transforms import BoolArray, Crop, Window, window_of
+from segkd.storage.errors import CacheDamagedError, CacheMismatchError, ContaminationError
+from segkd.storage.reader import CacheReader
+from segkd.storage.table import Entry
+
+OnDamage = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What the cache holds of one piece of a crop."""
+
+    window: Window
+    codes: Mapping[str, npt.NDArray[np.generic]]
+    rungs: Mapping[str, int]
+
+
+class KnowledgeReader:
+    """The ``targets`` of a cache for crops of ``source``'s images.
+
+    Raises CacheMismatchError where the cache is of other classes or lacks a target.
+    """
+
+    def __init__(self, cache: CacheReader, source: DataSource, targets: tuple[str, ...], on_damage: OnDamage) -> None:
+        self._cache, self._source, self._targets, self._on_damage = cache, source, targets, on_damage
+        self._verified: set[str] = set()
+        if cache.spec.classes != source.classes.names:
+            raise CacheMismatchError(
+                f"the cache is of the classes {', '.join(cache.spec.classes)}, "
+                f"the data of {', '.join(source.classes.names)}; use a cache written for these data"
+            )
+        for name in targets:
+            if name not in cache.spec.targets:
+                raise CacheMismatchError(
+                    f"the cache keeps no target {name!r}, only {', '.join(cache.spec.targets)}; "
+                    "write it again with that target, or give its loss the weight 0"
+                )
+
+    def check(self, samples: Iterable[Sample]) -> None:
+        """Raises where the cache cannot serve these samples, or must not: CacheMismatchError for one that it does not
+        hold or holds in another role, ContaminationError for one of role select or report, CacheDamagedError for one
+        whose row is lost unless that is skipped.
+        """
+        for sample in samples:
+            try:
+                role = self._cache.entry(sample.id).role
+            except CacheDamagedError as error:
+                if self._on_damage == "fail":
+                    raise CacheDamagedError(
+                        f"sample {sample.id}: {error}; or train without what the teacher knows of such samples: "
+                        "--on-damage skip"
+                    ) from error
+                continue
+            if role in (Role.SELECT, Role.REPORT):
+                raise ContaminationError(
+                    f"sample {sample.id} has role {sample.role} in the data but {role} in the cache, "
+                    "and such samples must not be learned from; correct the lists of the data"
+                )
+            if role != sample.role:
+                raise CacheMismatchError(
+                    f"sample {sample.id} has role {sample.role} in the data but {role} in the cache; "
+                    "correct the lists of the data, or run segkd teacher-cache again"
+                )
+
+    def of(self, piece: Piece) -> tuple[Knowledge, str | None]:
+        """What the cache holds of a piece, and what is wrong with it where that is damaged and left out.
+
+        Raises CacheDamagedError for damage that is not skipped, CacheMismatchError where the image is not the one that
+        the teacher saw.
+        """
+        try:
+            return self._read(piece), None
+        except CacheDamagedError as error:
+            if self._on_damage == "fail":
+                raise CacheDamagedError(
+                    f"sample {piece.sample.id}: {error}; or go on without what the teacher knows of such samples: "
+                    "--on-damage skip --resume"
+                ) from error
+            return self._nothing(), str(error)
+
+    def _read(self, piece: Piece) -> Knowledge:
+        entry = self._cache.entry(piece.sample.id)
+        self._check_image(piece.sample, entry, piece.crop)
+        window = window_of(piece.crop, entry.mapping, self._owned(piece))
+        return Knowledge(
+            window=window,
+            codes={name: self._cache.window(entry, name, window.rows, window.columns) for name in self._targets},
+            rungs={name: entry.rungs[name] for name in self._targets},
+        )
+
+    def _owned(self, piece: Piece) -> BoolArray:
+        """H,W of the crop: pixels that show the image, and of a labelled one something of the scene."""
+        excluded = self._source.excluded(piece.sample) if piece.sample.role is Role.TRAIN else None
+        if excluded is None:
+            return piece.owned
+        seen: BoolArray = piece.crop.labels(excluded.astype(np.uint8)) == 0
+        return piece.owned & seen
+
+    def _check_image(self, sample: Sample, entry: Entry, crop: Crop) -> None:
+        """The image must be the one that the teacher saw; its digest is computed once a process."""
+        remedy = "run segkd teacher-cache again"
+        if crop.image_size != entry.image_size:
+            raise CacheMismatchError(
+                f"the image of {sample.id} is {by(crop.image_size)} pixels, "
+                f"the teacher saw one of {by(entry.image_size)}; {remedy}"
+            )
+        if sample.id not in self._verified:
+            if self._source.image_digest(sample) != entry.image_digest:
+                raise CacheMismatchError(
+                    f"the image of {sample.id} is not the one that the teacher saw: its digest differs; {remedy}"
+                )
+            self._verified.add(sample.id)
+
+    def _nothing(self) -> Knowledge:
+        """One cell that does not count: a piece whose part of the cache is damaged is still a source."""
+        uncounted = np.zeros((1, 1), np.bool_)
+        specs = {name: self._cache.spec.targets[name] for name in self._targets}
+        return Knowledge(
+            window=Window(range(1), range(1), np.array([[1.0, 0.0], [1.0, 0.0]]), uncounted, uncounted),
+            codes={name: np.zeros((spec.channels, 1, 1), spec.coder.dtype) for name, spec in specs.items()},
+            rungs=dict.fromkeys(self._targets, 0),
+        )
+
+    def collate(self, crops: Sequence[Sequence[Knowledge]]) -> Sources:
+        """The sources of a batch, from those of each crop."""
+        items = [item for crop in crops for item in crop]
+        height, width = (max(item.window.counts.shape[axis] for item in items) for axis in (0, 1))
+        padded = {name: _pad(self._of_one_kind(name, items), height, width) for name in self._targets}
+        return Sources(
+            crop_S=torch.tensor([number for number, crop in enumerate(crops) for _ in crop]),
+            cell_to_crop_S22=torch.from_numpy(np.stack([item.window.cell_to_crop for item in items])),
+            counts_Shw=_pad([item.window.counts for item in items], height, width),
+            counts_first_Shw=_pad([item.window.counts_first for item in items], height, width),
+            codes=padded,
+            rungs={name: torch.tensor([item.rungs[name] for item in items]) for name in self._targets},
+        )
+
+    def _of_one_kind(self, target: str, items: Sequence[Knowledge]) -> list[npt.NDArray[np.generic]]:
+        """The items' codes; float32 values of all of them where only some are kept exactly.
+
+        Such values stand for themselves as codes: decoding leaves them as they are.
+        """
+        codes = [item.codes[target] for item in items]
+        if len({array.dtype for array in codes}) == 1:
+            return codes
+        rungs = [np.array([item.rungs[target]]) for item in items]
+        return [self._cache.decode(target, array[None], rung)[0] for array, rung in zip(codes, rungs, strict=True)]
+
+
+def _pad(arrays: Sequence[npt.NDArray[np.generic]], height: int, width: int) -> torch.Tensor:
+    """Arrays (..., h, w), filled up with zeros at the end of both axes and stacked."""
+    stacked = np.zeros((len(arrays), *arrays[0].shape[:-2], height, width), arrays[0].dtype)
+    for target, array in zip(stacked, arrays, strict=True):
+        target[..., : array.shape[-2], : array.shape[-1]] = array
+    return torch.from_numpy(stacked)
+
+
+def by(size: tuple[int, ...]) -> str:
+    """A size as messages write it: 480x360."""
+    return "x".join(map(str, size))
