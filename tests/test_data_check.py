@@ -242,7 +242,7 @@ def test_draft_of_cityscapes_names(tmp_path: Path) -> None:
         for kind in ("color", "instanceIds", "labelIds"):
             save(tmp_path / f"gtFine/{stem}_gtFine_{kind}.png", np.zeros((2, 2, 3) if kind == "color" else (2, 2)))
     config, roles = opened(tmp_path)
-    assert (config.image_suffix, config.label_suffix) == ("_leftImg8bit", "_gtFine_labelIds")
+    assert (config.reader, config.root) == ("cityscapes", str(tmp_path))
     assert list(roles) == [
         "val/ulm/ulm_000000_000019",
         "train/aachen/aachen_000000_000019",

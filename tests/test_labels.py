@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from segkd.pipeline.data.config import DataConfig
 from segkd.pipeline.data.labels import LabelMap, colour_key, describe
+from segkd.pipeline.data.layouts.camvid import SEGNET
 from segkd.storage.errors import ConfigError, DataError
 
 FILE = Path("labels/a.png")
@@ -102,7 +103,7 @@ def test_colour_key() -> None:
 
 
 def test_camvid_knows_its_classes() -> None:
-    classes, label_map = describe(DataConfig(reader="camvid"))
+    classes, label_map = describe(DataConfig(reader="camvid"), SEGNET)
     assert classes.names[0] == "Sky"
     assert classes.names[10] == "Bicyclist"
     assert len(classes) == len(classes.palette) == len(set(classes.palette)) == 11
@@ -110,15 +111,31 @@ def test_camvid_knows_its_classes() -> None:
     unmapped(
         label_map,
         np.array([[12]], np.uint8),
-        "labels/a.png: row 0, column 0: value 12 is no class, expected 0-11; "
-        "map all values of these files in [data.label_values]",
+        "labels/a.png: row 0, column 0: value 12 means nothing in CamVid (SegNet), expected 0-11; "
+        'see that these are its official label maps, or add `12 = "CLASS"` (or "ignore") to [data.label_values]',
     )
 
 
 def test_camvid_with_other_classes_has_no_void_of_its_own() -> None:
-    classes, label_map = describe(DataConfig(reader="camvid", classes=tuple("abcdefghijklm")))
+    classes, label_map = describe(DataConfig(reader="camvid", classes=tuple("abcdefghijklm")), SEGNET)
     assert len(classes) == 13
     assert label_map(np.array([[11, 255]], np.uint8), FILE).tolist() == [[11, 255]]
+
+
+def test_published_values_keep_their_meaning_but_for_those_that_are_given() -> None:
+    config = DataConfig(reader="camvid", label_values={"11": "Road", "30-31": "ignore"})
+    classes, label_map = describe(config, SEGNET)
+    assert len(classes) == 11
+    assert label_map(np.array([[0, 10, 11, 30, 31]], np.uint8), FILE).tolist() == [[0, 10, 3, 255, 255]]
+
+
+def test_excluded_pixels_are_ignored_and_known() -> None:
+    _, label_map = describe(folder(label_values={"0": "road", "1": "sky", "2": "ignore", "3-4": "exclude"}))
+    raw = np.array([[0, 1, 2], [3, 4, 0]], np.uint8)
+    assert label_map(raw, FILE).tolist() == [[0, 1, 255], [255, 255, 0]]
+    assert label_map.excluded(raw).tolist() == [[False, False, False], [True, True, False]]
+    _, label_map = describe(folder(label_colours={"#010203": "road", "#000000": "exclude"}))
+    assert label_map.excluded(np.array([[[1, 2, 3], [0, 0, 0]]], np.uint8)).tolist() == [[False, True]]
 
 
 def test_default_palette_is_distinct_and_never_black() -> None:
@@ -136,7 +153,7 @@ def test_palette_of_a_run_file() -> None:
 
 def test_wrong_maps() -> None:
     refused(
-        "data.label_values: 3 is mapped to 'rode', which is no class; expected one of road, sky, ignore",
+        "data.label_values: 3 is mapped to 'rode', which is no class; expected one of road, sky, ignore, exclude",
         label_values={"3": "rode"},
     )
     refused(
@@ -160,7 +177,7 @@ def test_wrong_maps() -> None:
 
 
 def test_a_used_map_is_small_when_pickled() -> None:
-    _, label_map = describe(DataConfig(reader="camvid"))
+    _, label_map = describe(DataConfig(reader="camvid"), SEGNET)
     label_map(np.zeros((2, 2), np.uint8), FILE)
     copy = pickle.loads(pickle.dumps(label_map))
     assert copy == label_map

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from segkd.pipeline.data.config import DataConfig
-from segkd.pipeline.data.files import names_under
+from segkd.pipeline.data.names import names_under
 from segkd.pipeline.data.readers import find, open_data
 from segkd.pipeline.data.sample import DataSource, Role, with_role
 from segkd.pipeline.data.scenes import SceneConfig
@@ -451,13 +451,16 @@ def test_camvid_without_its_splits(tmp_path: Path) -> None:
     put_camvid(tmp_path, "day/a")
     refused(
         DataConfig(reader="camvid", root=str(tmp_path)),
-        f"{tmp_path}: holds no folder train, val or test; give roles by data.lists or data.folders",
+        f"{tmp_path}: no image has a role by the official split of CamVid (SegNet) (train is train, report is val, for "
+        "there is no test); give roles by data.lists or data.folders",
     )
     source = open_data(DataConfig(reader="camvid", root=str(tmp_path), folders={Role.TRAIN: ("day",)}))
     assert roles(source) == {"day/a": "train"}
     refused(
         DataConfig(reader="camvid", root=str(tmp_path / "dayannot")),
-        f"{tmp_path}/dayannot: holds no images; expected files *{{.bmp,.jpeg,.jpg,.png,.tif,.tiff,.webp}}",
+        f"{tmp_path}/dayannot: is not laid out as reader 'camvid' needs it; looked for ?*annot: found none of it; "
+        "or for 701_StillsRaw_full and LabeledApproved_full: found none of it; "
+        f'set data.root = "{tmp_path}", where it is',
     )
 
 
@@ -514,7 +517,8 @@ def test_every_description_survives_a_run_file(tmp_path: Path) -> None:
         ),
         (
             {"reader": "scenes", "root": "x"},
-            "data.root means nothing to reader 'scenes', only to 'camvid' or 'folder' or 'list'; "
+            "data.root means nothing to reader 'scenes', only to 'ade20k' or 'camvid' or 'cityscapes' or "
+            "'coco_stuff' or 'pascal_context' or 'voc2012' or 'folder' or 'list'; "
             "remove it or change data.reader",
         ),
         (

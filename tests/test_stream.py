@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from collections import Counter
@@ -42,6 +43,8 @@ class FakeSource:
     forbidden: frozenset[Role] = frozenset({Role.AUXILIARY, Role.SELECT, Role.REPORT})
     classes: Classes = CLASSES
     label_size: tuple[int, int] | None = None
+    hidden_from: int | None = None
+    """The first column that shows nothing of the scene."""
     digests: list[str] = field(default_factory=list)
 
     def size(self, sample: Sample) -> tuple[int, int]:
@@ -52,6 +55,13 @@ class FakeSource:
         height, width = self.size(sample)
         planes = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
         return np.stack([*planes, np.full((height, width), shade(sample))], axis=-1).astype(np.uint8)
+
+    def excluded(self, sample: Sample) -> npt.NDArray[np.bool_] | None:
+        assert sample.role not in self.forbidden, "the labels of such a sample must not be opened"
+        if self.hidden_from is None:
+            return None
+        height, width = self.size(sample)
+        return np.broadcast_to(np.arange(width) >= self.hidden_from, (height, width))
 
     def image_digest(self, sample: Sample) -> bytes:
         self.digests.append(sample.id)
@@ -175,6 +185,42 @@ def test_the_same_crops_are_cut_with_and_without_a_cache() -> None:
     assert alone.sources is None
     assert torch.equal(distilled.images_N3HW, alone.images_N3HW)
     assert torch.equal(distilled.labels_NHW, alone.labels_NHW)
+
+
+def counted(batch: Batch, counts: str = "counts_Shw") -> set[tuple[int, int, int]]:
+    """(crop, row, column) of the teacher's cells that count, wherever their windows begin."""
+    assert batch.sources is not None
+    codes = batch.sources.codes["soft"].int() - 1
+    s, y, x = getattr(batch.sources, counts).nonzero(as_tuple=True)
+    return set(zip(s.tolist(), codes[s, 0, y, x].tolist(), codes[s, 1, y, x].tolist(), strict=True))
+
+
+def test_no_cell_counts_that_shows_nothing_of_the_scene() -> None:
+    seen, hidden = make_stream(), make_stream(dataclasses.replace(make_source(), hidden_from=20))
+    lost = unseen = 0
+    for step in range(20):
+        before, after = seen[step], hidden[step]
+        assert torch.equal(before.images_N3HW, after.images_N3HW)
+        assert torch.equal(before.labels_NHW, after.labels_NHW)
+        cells, lasting = counted(before), counted(after)
+        assert lasting <= cells
+        assert counted(after, "counts_first_Shw") <= lasting
+        # Cells are 3.7 to 4 pixels wide, and a crop pixel shows up to 2: between 17 and 24 either may be.
+        gone = {(crop, row, column) for crop, row, column in cells - lasting if 4 * column + 1.5 >= 17}
+        assert gone == cells - lasting
+        assert all(crop < 2 for crop, _, _ in gone), "labels of auxiliary samples are not opened"
+        assert not any(crop < 2 and 4 * column + 1.5 > 24 for crop, _, column in lasting)
+        lost += len(gone)
+        assert after.sources is not None
+        unseen += int((~after.sources.counts_Shw[:2].flatten(1).any(1)).sum())
+    assert lost > 100
+    assert unseen > 0, "crops that show nothing else have a source as well"
+
+
+def test_without_a_cache_nobody_asks_what_is_hidden() -> None:
+    source = dataclasses.replace(make_source(), hidden_from=20, forbidden=frozenset({Role.SELECT, Role.REPORT}))
+    source.excluded = None  # type: ignore[assignment, method-assign]
+    assert make_stream(source, auxiliary=0, distil=False)[0].sources is None
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from segkd.pipeline.data.config import DataConfig
 from segkd.pipeline.data.contamination import describe_contaminated, describe_copy, describe_shared, find_twins
 from segkd.pipeline.data.contents import Content, content_of, stamp
-from segkd.pipeline.data.labels import UnmappedError, describe
+from segkd.pipeline.data.labels import LabelMap, UnmappedError
 from segkd.pipeline.data.readers import Complaint, find
 from segkd.pipeline.data.remembered import Memory, Stamp
 from segkd.pipeline.data.sample import IGNORE, LEARNED, SCORED, DataSource, Role, Sample
@@ -32,6 +32,8 @@ _AT_ONCE = 512
 class DataReport:
     """What a data set holds and what is wrong with it."""
 
+    layout: str
+    """Which published data set it is and where roles come from; empty for others."""
     classes: tuple[str, ...]
     samples: dict[str, int]
     """Samples of each role."""
@@ -60,6 +62,7 @@ class DataReport:
         """For JSON."""
         return {
             "ok": self.ok,
+            "layout": self.layout,
             "classes": list(self.classes),
             "samples": self.samples,
             "labelled": self.labelled,
@@ -74,7 +77,8 @@ class DataReport:
         """For people: roles, sizes, classes."""
         if not self.samples:
             return "no samples"
-        lines = ["role       samples  labelled"]
+        lines = [self.layout, ""] if self.layout else []
+        lines += ["role       samples  labelled"]
         lines += [f"{role:<9}  {self.samples[role]:7}  {self.labelled[role]:8}" for role in self.samples]
         if self.unused:
             lines.append(f"{'(unused)':<9}  {self.unused:7}")
@@ -96,6 +100,7 @@ def check(config: DataConfig, *, progress: Progress = SILENT) -> DataReport:
         found = find(config)
     except (DataError, ContaminationError) as error:
         return DataReport(
+            layout="",
             classes=config.classes,
             samples={},
             labelled={},
@@ -113,6 +118,7 @@ def check(config: DataConfig, *, progress: Progress = SILENT) -> DataReport:
             task.advance()
     present = [role for role in Role if any(sample.role is role for sample in samples)]
     return DataReport(
+        layout=found.told,
         classes=names,
         samples={role: sum(sample.role is role for sample in samples) for role in present},
         labelled={role: sum(sample.role is role and sample.labelled for sample in samples) for role in present},
@@ -122,7 +128,7 @@ def check(config: DataConfig, *, progress: Progress = SILENT) -> DataReport:
         complaints=(
             *found.complaints,
             *seen.complaints,
-            *_unmapped(config, seen.unmapped),
+            *_unmapped(found.label_map, names, seen.unmapped),
             *(_in_two_roles(config, source, seen.contents) if config.compare_contents != "off" else ()),
             *_warnings(samples, names, seen.pixels),
         ),
@@ -206,11 +212,12 @@ def _in_two_roles(config: DataConfig, source: DataSource, contents: dict[str, Co
         yield Complaint("warning", describe_copy(twin, source))
 
 
-def _unmapped(config: DataConfig, found: list[tuple[str, frozenset[int]]]) -> Iterator[Complaint]:
+def _unmapped(
+    label_map: LabelMap | None, names: tuple[str, ...], found: list[tuple[str, frozenset[int]]]
+) -> Iterator[Complaint]:
     """One complaint of all label maps with values that mean nothing: it is one mistake."""
-    if found:
-        classes, label_map = describe(config)
-        told = label_map.told(frozenset().union(*(codes for _, codes in found)), classes.names)
+    if found and label_map is not None:
+        told = label_map.told(frozenset().union(*(codes for _, codes in found)), names)
         maps = f"{len(found):,} label maps" if len(found) > 1 else "1 label map"
         yield Complaint("error", f"{found[0][0]}; such {label_map.kind} in {maps}: {told}")
 

@@ -11,31 +11,24 @@ from typing import Literal
 
 from segkd.pipeline.data.contamination import Policy
 from segkd.pipeline.data.images import MAX_PIXELS
+from segkd.pipeline.data.layouts import LAYOUTS
+from segkd.pipeline.data.layouts.layout import EXCLUDED, IGNORED
 from segkd.pipeline.data.sample import IGNORE, Role
 from segkd.pipeline.data.scenes import SceneConfig
 from segkd.storage.errors import ConfigError
 
-Reader = Literal["camvid", "folder", "list", "scenes"]
+Reader = Literal[
+    "ade20k", "camvid", "cityscapes", "coco_stuff", "folder", "list", "pascal_context", "scenes", "voc2012"
+]
 
-IGNORED = "ignore"
-"""What a label map's raw value is mapped to when no loss and no score shall count it."""
-
-_FILES = {
-    "root",
-    "group",
-    "lists",
-    "classes",
-    "palette",
-    "label_values",
-    "label_colours",
-    "max_pixels",
-    "compare_contents",
-}
-_OPTIONS: Mapping[Reader, set[str]] = {
-    "camvid": _FILES | {"folders"},
+_ALL = {"unlabelled", "max_pixels", "compare_contents"}
+_FILES = _ALL | {"root", "group", "lists", "classes", "palette", "label_values", "label_colours"}
+_OPTIONS: Mapping[str, set[str]] = {
+    **dict.fromkeys(LAYOUTS, _FILES | {"folders", "fractions"}),
     "folder": _FILES | {"folders", "fractions", "images", "labels", "image_suffix", "label_suffix"},
     "list": _FILES,
-    "scenes": {"scenes", "compare_contents"},
+    "pascal_context": _FILES | {"folders", "fractions", "background"},
+    "scenes": _ALL | {"scenes"},
 }
 
 
@@ -43,15 +36,17 @@ _OPTIONS: Mapping[Reader, set[str]] = {
 class DataConfig:
     """A data set: where its images and labels are, what each image may be used for, what the label values mean.
 
-    Roles come from one of ``lists``, ``folders`` and ``fractions``.
+    Roles come from one of ``lists``, ``folders`` and ``fractions``; in published data sets else from the official
+    split: train for train, validation for report. Select is then empty (but for ``camvid``), until ``fractions`` divide
+    the training part, or ``lists`` or ``folders`` give all roles.
     """
 
     reader: Reader
-    """How the files are laid out. ``camvid``: SegNet's folders, ``train`` beside ``trainannot`` and so on.
-    ``folder``: images and labels in two folders, matched by name. ``list``: text files of pairs. ``scenes``: built in,
-    no files at all."""
+    """How the files are laid out. ``ade20k``, ``camvid``, ``cityscapes``, ``coco_stuff``, ``pascal_context`` and
+    ``voc2012`` are published data sets as they are downloaded. ``folder``: images and labels in two folders, matched by
+    name. ``list``: text files of pairs. ``scenes``: built in, no files at all."""
     root: str = "."
-    """The folder that everything but ``lists`` is relative to."""
+    """The folder that everything but ``lists`` and ``unlabelled`` is relative to."""
     images: str = "images"
     """``folder``: the images, under ``root``, in folders of any depth."""
     labels: str = "labels"
@@ -65,22 +60,30 @@ class DataConfig:
     """One text file a role, relative to the working directory. Its lines name samples (``train/0001TP_006690``);
     for ``list`` they name an image and, behind a tab or a comma, its label map. ``#`` begins a comment line."""
     folders: dict[Role, tuple[str, ...]] = field(default_factory=dict)
-    """The folders of images of each role: ``train = ["train"]``; ``["."]`` is all. What is in none stays unused.
-    Without lists ``camvid`` takes ``val`` for select where there is a ``test``, and for report where there is none."""
+    """The folders of images of each role: ``train = ["train"]``; ``["."]`` is all. What is in none stays unused."""
     fractions: dict[Role, float] = field(default_factory=dict)
-    """``folder``: the share of groups that each role gets, by a hash of the group's name: new groups move no others."""
+    """The share of groups that each role gets, by a hash of the group's name: new groups move no others. In a published
+    data set the training part is divided, and the official roles of the others stay."""
     group: str | None = None
     """A regular expression that finds a sample's group in its id: its first parenthesis, or all that it matches.
-    Images that show the same place or time belong to one group."""
+    Images that show the same place or time belong to one group. Published data sets know their own: the city in
+    ``cityscapes``, the sequence in ``camvid``, each photograph in others."""
+    unlabelled: tuple[str, ...] = ()
+    """Folders of images, relative to the working directory, that join as role auxiliary, with all that is below them.
+    Their ids are ``unlabelled/<name of the folder>/<name of the image in it>``. Labels are never looked for."""
     classes: tuple[str, ...] = ()
-    """Class names in index order; ``camvid`` knows its own."""
+    """Class names in index order; published data sets know their own."""
+    background: bool = False
+    """``pascal_context``: whether all that is none of the 59 classes is a class of its own, the first of 60."""
     palette: tuple[tuple[int, int, int], ...] = ()
     """An RGB colour a class, for pictures; none: those of ``label_colours``, or a customary one."""
     label_values: dict[str, str] = field(default_factory=dict)
-    """Raw value of a label map, or a range of them -> class name or "ignore": ``7 = "road"``, ``0-6 = "ignore"``.
-    None: value i is class i, and 255 is ignored."""
+    """Raw value of a label map, or a range of them -> class name, "ignore" or "exclude": ``7 = "road"``,
+    ``0-6 = "ignore"``. "exclude" is for pixels that show nothing of the scene: the teacher's word does not count there
+    either. None: value i is class i, and 255 is ignored. Of a published data set the values that are not given keep
+    their meaning, unless ``classes`` are given."""
     label_colours: dict[str, str] = field(default_factory=dict)
-    """Colour of a label map -> class name or "ignore": ``"#804080" = "road"`` or ``"128,64,128" = "road"``."""
+    """Colour of a label map -> the same: ``"#804080" = "road"`` or ``"128,64,128" = "road"``."""
     max_pixels: int = MAX_PIXELS
     """Larger images are refused before they are decoded."""
     compare_contents: Policy = "refuse"
@@ -129,7 +132,12 @@ class DataConfig:
             total = math.fsum(self.fractions.values())
             if not (min(self.fractions.values()) > 0 and abs(total - 1) <= 1e-6):
                 raise ConfigError(f"data.fractions add up to {total:g}; each must be above 0 and all together 1")
-            if self.group is None:
+            if self.reader in LAYOUTS and Role.REPORT in self.fractions:
+                raise ConfigError(
+                    f"data.fractions.report is given, but fractions divide the training part of '{self.reader}', "
+                    "which reports on the official validation images; leave report out"
+                )
+            if self.group is None and self.reader == "folder":
                 raise ConfigError(
                     "data.fractions need data.group, so that no sequence is cut by a split; "
                     "group = '.*' makes every image a group of its own"
@@ -140,9 +148,14 @@ class DataConfig:
             raise ConfigError("data.classes is missing; name the classes in index order")
         if len(self.classes) > IGNORE:
             raise ConfigError(f"data.classes has {len(self.classes)} names; label maps have room for {IGNORE}")
-        if IGNORED in self.classes:
+        for name in (IGNORED, EXCLUDED):
+            if name in self.classes:
+                raise ConfigError(
+                    f"data.classes holds '{name}', which is no class; remove it, label values may map to it"
+                )
+        if self.background and self.classes:
             raise ConfigError(
-                f"data.classes holds '{IGNORED}', which is no class; remove it, label values may map to it"
+                "data.background adds to the reader's own classes, but data.classes gives others; keep one of them"
             )
         repeated = next((name for name in self.classes if self.classes.count(name) > 1), None)
         if repeated is not None:

@@ -13,8 +13,11 @@ from typing import Any, Literal
 import numpy as np
 
 from segkd.pipeline.data import images
-from segkd.pipeline.data.files import names_under, split_extension
 from segkd.pipeline.data.labels import colour_key
+from segkd.pipeline.data.layouts.camvid import SEGNET
+from segkd.pipeline.data.layouts.layout import Layout
+from segkd.pipeline.data.names import names_under, split_extension
+from segkd.pipeline.data.recognition import below, recognised
 from segkd.pipeline.data.sample import IGNORE, Role
 from segkd.pipeline.settings import to_toml_value
 from segkd.storage.errors import DataError
@@ -43,10 +46,15 @@ class _Layout:
 def draft(root: str | Path) -> str:
     """A TOML table ``[data]`` for the folder ``root``, with placeholders for what files cannot tell.
 
-    Recognises SegNet's folders, a folder of images beside one of label maps, and both in one folder. Raises DataError
-    where there are no images, or label maps that cannot be ones.
+    Recognises the published data sets, here or a little below, SegNet's folders, a folder of images beside one of label
+    maps, and both in one folder. Raises DataError where there are no images, or label maps that cannot be ones.
     """
     root = Path(root)
+    # SegNet's folders may hold label maps of others, so these are looked into.
+    for folder in below(root):
+        published = recognised(folder)
+        if published is not None and published[1] is not SEGNET:
+            return _published(folder, *published)
     names = sorted(names_under(root))
     layout = _segnet(names) or _pairs(root, names)
     meaning = _meaning([root / name for name in _spread(layout.labels, _LOOKED_AT)])
@@ -61,6 +69,21 @@ def draft(root: str | Path) -> str:
             f"root = {to_toml_value(str(root))}",
             *([f"classes = {to_toml_value(meaning.classes)}"] if meaning.classes else []),
             *(line for name, table in tables.items() if table for line in ("", f"[data.{name}]", *_entries(table))),
+            "",
+        ]
+    )
+
+
+def _published(root: Path, reader: str, layout: Layout) -> str:
+    """The description of a published data set: nearly all of it is known."""
+    return "\n".join(
+        [
+            f"# {layout.title}. Official roles: {layout.find(root).roles_told}.",
+            "[data]",
+            f"reader = {to_toml_value(reader)}",
+            f"root = {to_toml_value(str(root))}",
+            "# Some groups of the training part for role select; lists or folders would give all roles instead:",
+            "# fractions = { train = 0.9, select = 0.1 }",
             "",
         ]
     )

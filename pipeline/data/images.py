@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from segkd.pipeline.data.matlab import read_label_map
 from segkd.storage.errors import DataError
 from segkd.storage.table import DIGEST_BYTES
 
@@ -59,8 +60,10 @@ def read_raw_labels(
     """A label map as it stands in its file.
 
     ``values``: H,W of a single-channel image of any integer depth, or of a palette image, whose indices count and
-    whose colours do not. ``colours``: H,W,3 of a colour image, palette images included.
+    whose colours do not. ``colours``: H,W,3 of a colour image, palette images included. A MATLAB file has values.
     """
+    if path.suffix == ".mat" and kind == "values":
+        return read_label_map(path, max_pixels)
     with _opened(path, max_pixels) as image:
         if image.format == "JPEG":
             raise DataError(f"{path}: a label map in JPEG, which does not keep values; make label maps as PNG")

@@ -15,12 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from segkd.pipeline.data.config import IGNORED, DataConfig
+from segkd.pipeline.data.config import DataConfig
+from segkd.pipeline.data.layouts.layout import EXCLUDED, IGNORED, Colour, Layout, voc_colour
 from segkd.pipeline.data.sample import IGNORE, Classes
 from segkd.pipeline.settings import to_toml_value
 from segkd.storage.errors import ConfigError, DataError
 
-Colour = tuple[int, int, int]
+Kind = Literal["values", "colours"]
 
 LARGEST_VALUE = 65535
 _MOST_TOLD = 32
@@ -36,32 +37,20 @@ class UnmappedError(DataError):
 _SHIFTS = np.array([1 << 16, 1 << 8, 1], np.int32)
 """Of red, green and blue in a colour's code."""
 
-# The vocabulary and colours of SegNet's edition of CamVid, whose void is 11.
-_CAMVID: Mapping[str, Colour] = {
-    "Sky": (128, 128, 128),
-    "Building": (128, 0, 0),
-    "Pole": (192, 192, 128),
-    "Road": (128, 64, 128),
-    "Pavement": (60, 40, 222),
-    "Tree": (128, 128, 0),
-    "SignSymbol": (192, 128, 128),
-    "Fence": (64, 64, 128),
-    "Car": (64, 0, 128),
-    "Pedestrian": (64, 64, 0),
-    "Bicyclist": (0, 128, 192),
-}
-_CAMVID_VOID = 11
-
 
 @dataclass(frozen=True)
 class LabelMap:
     """Raw values, or colours as ``red << 16 | green << 8 | blue``, -> class indices."""
 
-    kind: Literal["values", "colours"]
+    kind: Kind
     indices: Mapping[int, int]
     """Raw value or colour -> class index or 255."""
+    excluded_codes: frozenset[int] = frozenset()
+    """Those of pixels that show nothing of the scene; their index is 255."""
     given: bool = True
-    """Whether a run file states the map; false for a reader's own."""
+    """Whether single entries may be added to it; false where there are no entries, and value i is class i."""
+    title: str = ""
+    """The published data set whose values these are."""
 
     def __call__(self, raw: npt.NDArray[np.integer[Any]], file: Path) -> npt.NDArray[np.uint8]:
         """Class indices ``(H, W)`` of a raw label map. Raises UnmappedError with the first pixel that is not."""
@@ -74,6 +63,11 @@ class LabelMap:
             error.codes = frozenset(map(int, np.unique(of_codes[found_HW < 0])))
             raise error
         return found_HW.astype(np.uint8)
+
+    def excluded(self, raw: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
+        """``(H, W)``: which pixels are of :attr:`excluded_codes`."""
+        codes = raw if self.kind == "values" else raw.astype(np.int32) @ _SHIFTS
+        return np.isin(codes, list(self.excluded_codes))
 
     def told(self, codes: Iterable[int], names: Sequence[str]) -> str:
         """All ``codes`` that mean nothing, and what to paste into the run file for them to be ignored."""
@@ -114,40 +108,62 @@ class LabelMap:
         return np.array([key for key, _ in ordered], np.int32), np.array([index for _, index in ordered], np.int16)
 
     def _unmapped(self, raw: npt.NDArray[np.integer[Any]], place: str) -> str:
-        if self.kind == "colours":
+        code = colour_key(raw) if self.kind == "colours" else str(raw)
+        what, key = ("colour", f'"{code}"') if self.kind == "colours" else ("value", code)
+        table = f"[data.label_{what}s]"
+        add = f'add `{key} = "CLASS"` (or "{IGNORED}") to {table}'
+        expected = f", expected {_ranges(self.indices)}" if self.kind == "values" else ""
+        if self.title:
             return (
-                f'{place}: colour {colour_key(raw)} is mapped to no class; add `"{colour_key(raw)}" = "CLASS"` '
-                f'(or "{IGNORED}") to [data.label_colours]'
+                f"{place}: {what} {code} means nothing in {self.title}{expected}; "
+                f"see that these are its official label maps, or {add}"
             )
         if self.given:
-            return (
-                f'{place}: value {raw} is mapped to no class; add `{raw} = "CLASS"` (or "{IGNORED}") '
-                "to [data.label_values]"
-            )
-        return (
-            f"{place}: value {raw} is no class, expected {_ranges(self.indices)}; "
-            "map all values of these files in [data.label_values]"
-        )
+            return f"{place}: {what} {code} is mapped to no class; {add}"
+        return f"{place}: {what} {code} is no class{expected}; map all values of these files in {table}"
 
 
-def describe(config: DataConfig) -> tuple[Classes, LabelMap]:
-    """The classes of a data set of files and the meaning of its label maps. Raises ConfigError."""
-    camvid = config.reader == "camvid" and not config.classes
-    names = tuple(_CAMVID) if camvid else config.classes
-    indices = {name: index for index, name in enumerate(names)} | {IGNORED: IGNORE}
-    colours: dict[int, int] = {}
+def describe(config: DataConfig, layout: Layout | None = None) -> tuple[Classes, LabelMap]:
+    """The classes of a data set of files and the meaning of its label maps. Raises ConfigError.
+
+    ``layout``: that of a published data set. Its values keep their meaning but for those that ``config`` maps, unless
+    ``config`` names classes of its own.
+    """
+    own = layout is not None and not config.classes
+    customary, meaning = _own(layout, config.background) if layout is not None and own else ({}, {})
+    names = tuple(customary) if own else config.classes
+    indices = {name: index for index, name in enumerate(names)} | {IGNORED: IGNORE, EXCLUDED: IGNORE}
+    kind: Kind = layout.kind if layout is not None and own else "values"
     if config.label_colours:
-        colours = _mapped("label_colours", ((key, [_colour(key)]) for key in config.label_colours), config, indices)
-        label_map = LabelMap("colours", colours)
+        given = _mapped("label_colours", ((key, [_colour(key)]) for key in config.label_colours), config, indices)
+        meaning, kind = (meaning if kind == "colours" else {}) | given, "colours"
     elif config.label_values:
-        label_map = LabelMap("values", _mapped("label_values", _value_ranges(config), config, indices))
-    else:
-        default = {index: index for index in range(len(names))}
-        label_map = LabelMap("values", default | {_CAMVID_VOID if camvid else IGNORE: IGNORE}, given=False)
-    palette = config.palette or (tuple(_CAMVID.values()) if camvid else _palette(len(names), colours))
+        given = _mapped("label_values", _value_ranges(config), config, indices)
+        meaning, kind = (meaning if kind == "values" else {}) | given, "values"
+    label_map = LabelMap(
+        kind,
+        {code: indices[name] for code, name in meaning.items()}
+        or {**{index: index for index in range(len(names))}, IGNORE: IGNORE},
+        excluded_codes=frozenset(code for code, name in meaning.items() if name == EXCLUDED),
+        given=bool(meaning),
+        title=layout.title if layout is not None and own else "",
+    )
+    colours = label_map.indices if label_map.kind == "colours" else {}
+    palette = config.palette or tuple(customary.values()) or _palette(len(names), colours)
     if len(palette) != len(names):
         raise ConfigError(f"data.palette has {len(palette)} colours for {len(names)} classes; give one a class")
     return Classes(names=names, palette=palette), label_map
+
+
+def _own(layout: Layout, background: bool) -> tuple[dict[str, Colour], dict[int, str]]:
+    """A published data set's classes with their colours, and the meaning of its values."""
+    if not background:
+        return dict(layout.classes), dict(layout.meaning)
+    name = "background"
+    return (
+        {name: layout.background_colour, **layout.classes},
+        {**layout.meaning, **dict.fromkeys(layout.background, name)},
+    )
 
 
 def _palette(classes: int, colours: Mapping[int, int]) -> tuple[Colour, ...]:
@@ -155,7 +171,7 @@ def _palette(classes: int, colours: Mapping[int, int]) -> tuple[Colour, ...]:
     own: dict[int, Colour] = {}
     for code, index in colours.items():
         own.setdefault(index, (code >> 16, code >> 8 & 255, code & 255))
-    return tuple(own.get(index) or _voc_colour(index + 1) for index in range(classes))
+    return tuple(own.get(index) or voc_colour(index + 1) for index in range(classes))
 
 
 def colour_key(colour: Iterable[int]) -> str:
@@ -167,24 +183,14 @@ def _colour_key_of(code: int) -> str:
     return colour_key((code >> 16, code >> 8 & 255, code & 255))
 
 
-def _voc_colour(index: int) -> Colour:
-    """Pascal VOC's colour map: the bits of an index are dealt to red, green and blue in turn, high bits first."""
-    red = green = blue = 0
-    for bit in range(8):
-        red |= (index >> 3 * bit & 1) << 7 - bit
-        green |= (index >> 3 * bit + 1 & 1) << 7 - bit
-        blue |= (index >> 3 * bit + 2 & 1) << 7 - bit
-    return red, green, blue
-
-
 def _mapped(
     setting: Literal["label_values", "label_colours"],
     codes: Iterable[tuple[str, Iterable[int]]],
     config: DataConfig,
     indices: Mapping[str, int],
-) -> dict[int, int]:
-    """Code -> class index, for the codes that each key of the setting stands for."""
-    mapped: dict[int, int] = {}
+) -> dict[int, str]:
+    """Code -> class name, for the codes that each key of the setting stands for."""
+    mapped: dict[int, str] = {}
     for key, of_key in codes:
         name = getattr(config, setting)[key]
         if name not in indices:
@@ -194,7 +200,7 @@ def _mapped(
         for code in of_key:
             if code in mapped:
                 raise ConfigError(f"data.{setting}: {key} is mapped twice; give every value and colour once")
-            mapped[code] = indices[name]
+            mapped[code] = name
     return mapped
 
 

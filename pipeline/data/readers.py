@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from segkd.pipeline.data import images
 from segkd.pipeline.data.config import DataConfig
-from segkd.pipeline.data.files import FileSource, Naming, by_stem, inside, names_in, names_under
-from segkd.pipeline.data.labels import describe
+from segkd.pipeline.data.files import FileSource
+from segkd.pipeline.data.labels import LabelMap, describe
+from segkd.pipeline.data.layouts import LAYOUTS
+from segkd.pipeline.data.layouts.layout import Files, Layout
+from segkd.pipeline.data.names import Naming, by_stem, inside, names_in, names_under
+from segkd.pipeline.data.recognition import layout_of
 from segkd.pipeline.data.roles import Line, by_folders, by_fractions, by_lines, grouping, lines_of
 from segkd.pipeline.data.sample import DataSource, Role
 from segkd.pipeline.data.scenes import SceneSource
+from segkd.pipeline.data.unlabelled import with_unlabelled
 from segkd.storage.errors import DataError
-
-_CAMVID_GROUP = "([^/_]+)[^/]*$"
-"""The sequence: what a CamVid frame's name has before its first underscore."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,13 @@ class Found:
     """What a description finds."""
 
     source: DataSource
-    unused: int
+    unused: int = 0
     """Images that have no role."""
-    complaints: tuple[Complaint, ...]
-
-
-@dataclass(frozen=True)
-class _Files:
-    """Files by sample id, names below the root."""
-
-    images: Mapping[str, str]
-    labels: Mapping[str, str]
-    labels_place: str
-    """Where label maps were looked for."""
+    complaints: tuple[Complaint, ...] = ()
+    label_map: LabelMap | None = None
+    """What the values of label maps mean, where there are files of them."""
+    told: str = ""
+    """Which published data set it is, and where roles come from."""
 
 
 def open_data(config: DataConfig) -> DataSource:
@@ -64,59 +60,60 @@ def open_data(config: DataConfig) -> DataSource:
 
 def find(config: DataConfig) -> Found:
     """The same with all that single samples lack as complaints; what leaves no data set at all is raised."""
-    if config.reader == "scenes":
-        return Found(SceneSource(config.scenes), 0, ())
-    classes, label_map = describe(config)
+    found = Found(SceneSource(config.scenes)) if config.reader == "scenes" else _find_files(config)
+    if config.unlabelled:
+        return replace(found, source=with_unlabelled(found.source, config.unlabelled, config.max_pixels))
+    return found
+
+
+def _find_files(config: DataConfig) -> Found:
     root = Path(config.root)
+    layout = layout_of(config.reader, root) if config.reader in LAYOUTS else None
+    classes, label_map = describe(config, layout)
     complaints: list[Complaint] = []
     if config.reader == "list":
         files, roles = _listed(config, complaints)
     else:
-        files = _camvid_files(config) if config.reader == "camvid" else _folder_files(config)
+        files = layout.find(root) if layout else _folder_files(config)
         _check_any(files, config)
-        roles = _roles(config, files, complaints)
+        roles = _roles(config, files, layout, complaints)
         complaints += [
             Complaint("warning", f"{root / name}: a label map without an image; it is not used")
             for sample_id, name in sorted(files.labels.items())
             if sample_id not in files.images
         ]
     complaints += _missing_labels(root, files, roles)
-    group_of = grouping(config.group or (_CAMVID_GROUP if config.reader == "camvid" else None))
+    group_of = grouping(config.group or (layout.group if layout else None))
     rows = (
         (sample_id, role, group_of(sample_id), files.images[sample_id], files.labels.get(sample_id))
         for sample_id, role in roles.items()
     )
     source = FileSource(root, rows, classes, label_map, config.max_pixels)
-    return Found(source, len(files.images) - len(roles), tuple(complaints))
+    unused = len(files.images) - len(roles)
+    return Found(source, unused, tuple(complaints), label_map, _told(config, files, layout))
 
 
-def _camvid_files(config: DataConfig) -> _Files:
-    """``<split>/<stem>`` and ``<split>annot/<stem>`` of every folder that is not itself one of labels."""
-    root = Path(config.root)
-    present = names_in(root)
-    found: tuple[dict[str, str], dict[str, str]] = {}, {}
-    for split in sorted(name for name in present if not name.startswith(".") and (root / name).is_dir()):
-        if split.endswith("annot"):
-            continue
-        kinds = (split, images.IMAGE_EXTENSIONS), (f"{split}annot", images.LABEL_EXTENSIONS)
-        for files, (folder, extensions) in zip(found, kinds, strict=True):
-            if folder in present:
-                stems = by_stem(names_under(root / folder), Naming("", extensions), root / folder)
-                files.update((f"{split}/{stem}", f"{folder}/{name}") for stem, name in stems.items())
-    return _Files(*found, labels_place=f"{root}/<split>annot")
+def _told(config: DataConfig, files: Files, layout: Layout | None) -> str:
+    """Which data set it is, and where roles come from."""
+    if layout is None:
+        return ""
+    if config.lists or config.folders:
+        return f"{layout.title}; roles by data.{'lists' if config.lists else 'folders'}"
+    divided = "; data.fractions divide the training part" if config.fractions else ""
+    return f"{layout.title}; official roles: {files.roles_told}{divided}"
 
 
-def _folder_files(config: DataConfig) -> _Files:
+def _folder_files(config: DataConfig) -> Files:
     root = Path(config.root)
     image_folder, label_folder = root / config.images, root / config.labels
     image_naming = Naming(config.image_suffix, images.IMAGE_EXTENSIONS)
     label_naming = Naming(config.label_suffix, images.LABEL_EXTENSIONS)
     if not config.labels:
-        return _Files(_below(root, config.images, names_under(image_folder), image_naming), {}, "data.labels = ''")
+        return Files(_below(root, config.images, names_under(image_folder), image_naming), {}, "data.labels = ''")
     image_names = names_under(image_folder, skip=label_folder)
     if image_folder == label_folder:
         image_names = (name for name in image_names if label_naming.stem(name) is None)
-    return _Files(
+    return Files(
         _below(root, config.images, image_names, image_naming),
         _below(root, config.labels, names_under(label_folder, skip=image_folder), label_naming),
         str(label_folder),
@@ -128,7 +125,7 @@ def _below(root: Path, folder: str, names: Iterator[str], naming: Naming) -> dic
     return {stem: prefix + name for stem, name in by_stem(names, naming, root / folder).items()}
 
 
-def _check_any(files: _Files, config: DataConfig) -> None:
+def _check_any(files: Files, config: DataConfig) -> None:
     """Raises DataError where there are no images, no label maps, or no image with a label map."""
     root, folder = Path(config.root), config.reader == "folder"
     if not files.images:
@@ -150,7 +147,7 @@ def _examples(ids: Iterable[str]) -> str:
     return ", ".join(map(repr, sorted(ids)[:3]))
 
 
-def _listed(config: DataConfig, complaints: list[Complaint]) -> tuple[_Files, dict[str, Role]]:
+def _listed(config: DataConfig, complaints: list[Complaint]) -> tuple[Files, dict[str, Role]]:
     """The files that list files name, in pairs; those that are not there become complaints."""
     root = Path(config.root)
     present = cache(lambda folder: names_in(root / folder))
@@ -174,40 +171,56 @@ def _listed(config: DataConfig, complaints: list[Complaint]) -> tuple[_Files, di
         image_of[sample_id] = str(paths[0])
         if len(paths) == 2:
             label_of[sample_id] = str(paths[1])
-    return _Files(image_of, label_of, "its line of the list"), by_lines(named)
+    return Files(image_of, label_of, "its line of the list"), by_lines(named)
 
 
-def _roles(config: DataConfig, files: _Files, complaints: list[Complaint]) -> dict[str, Role]:
+def _roles(config: DataConfig, files: Files, layout: Layout | None, complaints: list[Complaint]) -> dict[str, Role]:
     if config.lists:
         return by_lines(_named(config, files, complaints))
-    if config.fractions:
+    if config.folders:
+        return by_folders(config.folders, files.images)
+    if layout is None:
         return by_fractions(config.fractions, grouping(config.group), files.images)
-    return by_folders(config.folders or _camvid_folders(config, files), files.images)
+    official = _official(config, files, layout, complaints)
+    if not config.fractions:
+        return official
+    training = [sample_id for sample_id, role in official.items() if role is Role.TRAIN]
+    return official | by_fractions(config.fractions, grouping(config.group or layout.group), training)
 
 
-def _named(config: DataConfig, files: _Files, complaints: list[Complaint]) -> Iterator[tuple[str, Line]]:
+def _official(config: DataConfig, files: Files, layout: Layout, complaints: list[Complaint]) -> dict[str, Role]:
+    """The roles that the data set's own split gives. Images that its lists name in vain are one complaint."""
+    if not files.roles:
+        raise DataError(
+            f"{config.root}: no image has a role by the official split of {layout.title} ({files.roles_told}); "
+            "give roles by data.lists or data.folders"
+        )
+    absent = sorted(files.roles.keys() - files.images.keys())
+    if absent:
+        complaints.append(
+            Complaint(
+                "error",
+                f"{config.root}: {len(absent):,} images of the official lists are missing, the first is {absent[0]!r}; "
+                "complete the download, or give roles by data.lists",
+            )
+        )
+    return {sample_id: role for sample_id, role in files.roles.items() if sample_id in files.images}
+
+
+def _named(config: DataConfig, files: Files, complaints: list[Complaint]) -> Iterator[tuple[str, Line]]:
     """The samples that list files name, by id or by the image's name; unknown ones become complaints."""
     naming = Naming(config.image_suffix, images.IMAGE_EXTENSIONS)
+    by_name = {name: sample_id for sample_id, name in files.images.items()}
     for line in lines_of(config.lists):
         name = inside(line.text, line.place)
-        sample_id = name if name in files.images else naming.stem(name)
+        sample_id = name if name in files.images else by_name.get(name, naming.stem(name))
         if sample_id is not None and sample_id in files.images:
             yield sample_id, line
         else:
             complaints.append(Complaint("error", f"{line.place}: there is no image {name!r} under {config.root}"))
 
 
-def _camvid_folders(config: DataConfig, files: _Files) -> dict[Role, tuple[str, ...]]:
-    """What SegNet's splits are customarily for; where nothing else can be, val is what is reported."""
-    splits = {sample_id.split("/")[0] for sample_id in files.images}
-    customary = {"train": Role.TRAIN, "val": Role.SELECT if "test" in splits else Role.REPORT, "test": Role.REPORT}
-    folders: dict[Role, tuple[str, ...]] = {role: (split,) for split, role in customary.items() if split in splits}
-    if not folders:
-        raise DataError(f"{config.root}: holds no folder train, val or test; give roles by data.lists or data.folders")
-    return folders
-
-
-def _missing_labels(root: Path, files: _Files, roles: Mapping[str, Role]) -> list[Complaint]:
+def _missing_labels(root: Path, files: Files, roles: Mapping[str, Role]) -> list[Complaint]:
     return [
         Complaint(
             "error",

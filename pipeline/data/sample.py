@@ -91,6 +91,11 @@ class DataSource(Protocol):
         """H,W class indices, 255 = ignore. Raises DataError naming the file, and the first pixel of a bad value."""
         ...
 
+    def excluded(self, sample: Sample) -> npt.NDArray[np.bool_] | None:
+        """H,W: labelled pixels that show nothing of the scene, so that no knowledge of theirs counts either (they are
+        255 in the labels). None where the data set names no such values. Raises DataError."""
+        ...
+
 
 def with_role(source: DataSource, *roles: Role) -> tuple[Sample, ...]:
     """The samples of the given roles, in the source's order."""

@@ -124,6 +124,9 @@ class SceneSource:
         """H,W class indices; every pixel has one."""
         return _paint(self.config, sample.role, self._number(sample))[1].copy()
 
+    def excluded(self, sample: Sample) -> None:
+        """Every pixel shows the scene."""
+
     def _number(self, sample: Sample) -> int:
         prefix, _, number = sample.id.partition("/")
         if prefix != sample.role or not number.isdecimal() or int(number) >= getattr(self.config, sample.role):

@@ -16,7 +16,7 @@ import torch
 from segkd.pipeline.data.batch import Sources
 from segkd.pipeline.data.mixing import Piece
 from segkd.pipeline.data.sample import DataSource, Role, Sample
-from segkd.pipeline.data.transforms import Crop, Window, window_of
+from segkd.pipeline.data.transforms import BoolArray, Crop, Window, window_of
 from segkd.storage.errors import CacheDamagedError, CacheMismatchError, ContaminationError
 from segkd.storage.reader import CacheReader
 from segkd.storage.table import Entry
@@ -99,12 +99,20 @@ class KnowledgeReader:
     def _read(self, piece: Piece) -> Knowledge:
         entry = self._cache.entry(piece.sample.id)
         self._check_image(piece.sample, entry, piece.crop)
-        window = window_of(piece.crop, entry.mapping, piece.owned)
+        window = window_of(piece.crop, entry.mapping, self._owned(piece))
         return Knowledge(
             window=window,
             codes={name: self._cache.window(entry, name, window.rows, window.columns) for name in self._targets},
             rungs={name: entry.rungs[name] for name in self._targets},
         )
+
+    def _owned(self, piece: Piece) -> BoolArray:
+        """H,W of the crop: pixels that show the image, and of a labelled one something of the scene."""
+        excluded = self._source.excluded(piece.sample) if piece.sample.role is Role.TRAIN else None
+        if excluded is None:
+            return piece.owned
+        seen: BoolArray = piece.crop.labels(excluded.astype(np.uint8)) == 0
+        return piece.owned & seen
 
     def _check_image(self, sample: Sample, entry: Entry, crop: Crop) -> None:
         """The image must be the one that the teacher saw; its digest is computed once a process."""
