@@ -100,10 +100,10 @@ def batches(inputs: Inputs, run: RunConfig, steps: int = 20) -> Iterator[Measure
 def training_steps(inputs: Inputs, run: RunConfig, cache: CacheReader, repeats: int = 8) -> Iterator[Measurement]:
     """The same batch with and without the teacher's terms: the difference is what distillation costs a step."""
     batch, device, student = inputs.stream[0], find_device(run.train.device), described(run.the_student())
-    alone = dataclasses.replace(inputs.loss, zero_order=0.0, first_order=0.0)
-    for how, loss in (("cross-entropy alone", alone), ("with the teacher's terms", inputs.loss)):
+    alone = dataclasses.replace(inputs.objective, knowledge=())
+    for how, objective in (("cross-entropy alone", alone), ("with the teacher's terms", inputs.objective)):
         network = load_network(student, len(inputs.source.classes))
-        trainer = Trainer(network, run.train, loss, device=device, cache=cache, class_weights=inputs.class_weights)
+        trainer = Trainer(network, run.train, objective, device=device, cache=cache, class_weights=inputs.class_weights)
         times = milliseconds(functools.partial(trainer.step, batch), repeats)
         yield Measurement("training step", float(np.median(times)), "ms", f"{len(batch.labelled_N)} crops, {how}")
 

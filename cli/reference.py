@@ -22,6 +22,7 @@ import click
 
 from segkd.cli.main import main
 from segkd.pipeline.config import RunConfig
+from segkd.pipeline.evidence import Row, evidence_of
 from segkd.pipeline.settings import Setting, settings, to_toml_value
 
 NOTE = "<!-- Made by `python -m segkd.cli.reference docs`; change what it is made from instead. -->"
@@ -83,10 +84,11 @@ def configuration_page() -> str:
         "`--print-config` prints the file that a command works with."
     )
     for kind, keys in tables.items():
-        parts += [f"## {', '.join(places[kind])}", _prose(inspect.getdoc(kind) or "")]
+        parts += [f"## {', '.join(places[kind])}", " ".join([_prose(inspect.getdoc(kind) or ""), *accuracy(kind)])]
         meanings, hints = field_docs(kind), typing.get_type_hints(kind)
         rows = [
-            f"| `{name}` | {_cell(_type_text(hints[name]))} | {_cell(_default_text(key))} | {_cell(meanings[name])} |"
+            f"| `{name}` | {_cell(_type_text(hints[name]))} | {_cell(_default_text(key))} "
+            f"| {_cell(' '.join([meanings[name], *accuracy(kind, name)]))} |"
             for key in keys
             for name in [key.field.name]
         ]
@@ -95,16 +97,32 @@ def configuration_page() -> str:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    assert isinstance(body, ast.ClassDef)
+    """The docstring under each field of a dataclass, those that it inherits among them."""
     docs = {}
-    for field, below in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            match below:
-                case ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[field.target.id] = _prose(inspect.cleandoc(text))
+    for owner in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(body, ast.ClassDef)
+        for field, below in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                match below:
+                    case ast.Expr(value=ast.Constant(value=str(text))):
+                        docs[field.target.id] = _prose(inspect.cleandoc(text))
     return docs
+
+
+def accuracy(kind: type, name: str = "") -> list[str]:
+    """What is to be said of the evidence for a setting of a dataclass, or for all of it: a sentence or none each."""
+    evidence = evidence_of(kind)
+    sentences = []
+    if name in evidence:
+        opening = "Away from its default: accuracy" if name else "Accuracy"
+        sentences.append(f"{opening} {_figures(evidence[name])}.")
+    values = {key.partition("=")[2]: row for key, row in evidence.items() if name and key.startswith(f"{name}=")}
+    return sentences + [f"`{value}`: accuracy {_figures(row)}." for value, row in values.items()]
+
+
+def _figures(row: Row | None) -> str:
+    return "not measured" if row is None else f"in [results/{row.page}](results/{row.page}), *{row.row}*"
 
 
 def _type_text(hint: Any) -> str:

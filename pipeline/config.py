@@ -11,6 +11,7 @@ from segkd.pipeline.data.transforms import AugmentConfig
 from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.settings import parse, read_toml
 from segkd.pipeline.student.config import TrainConfig
+from segkd.pipeline.student.knowledge.config import KnowledgeConfig
 from segkd.pipeline.student.losses import LossConfig
 from segkd.pipeline.teacher.config import CacheConfig
 from segkd.storage.errors import ConfigError
@@ -29,7 +30,9 @@ class RunConfig:
     student: NetworkConfig | None = None
     """The network that stage 2 trains."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """What the student is trained towards."""
+    """What it learns from the labels."""
+    knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
+    """What it learns of the teacher."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """The crops that it sees."""
     train: TrainConfig = field(default_factory=TrainConfig)

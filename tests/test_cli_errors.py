@@ -39,10 +39,11 @@ def test_print_config_is_a_run_file(run: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_key(run: Path) -> None:
-    run.write_text(run.read_text() + "\n[loss]\ntemprature = 2\n")
+    run.write_text(run.read_text() + "\n[knowledge.zero_order]\ntemprature = 2\n")
     fails(
         2,
-        f"{run}: loss.temprature = 2: there is no such key; did you mean loss.temperature?",
+        f"{run}: knowledge.zero_order.temprature = 2: there is no such key; "
+        "did you mean knowledge.zero_order.temperature?",
         *("teacher-cache", "-c", run),
     )
 

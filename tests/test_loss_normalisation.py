@@ -20,15 +20,35 @@ from torch import Tensor, nn
 
 from segkd.pipeline.data.batch import Batch, Sources
 from segkd.pipeline.models.network import Grid
-from segkd.pipeline.student.losses import Denominators, LossConfig, total_loss
+from segkd.pipeline.student.knowledge.channel_wise import ChannelWise
+from segkd.pipeline.student.knowledge.dist import Dist
+from segkd.pipeline.student.knowledge.first_order import FirstOrder
+from segkd.pipeline.student.knowledge.pseudo_labels import PseudoLabels
+from segkd.pipeline.student.knowledge.zero_order import ZeroOrder
+from segkd.pipeline.student.losses import Denominators, LossConfig, Objective, total_loss
 
 CLASSES = 3
-KNOWLEDGE: dict[str, dict[str, float]] = {
-    "zero-order": {"cross_entropy": 0.0, "zero_order": 1.0, "first_order": 0.0},
-    "first-order": {"cross_entropy": 0.0, "zero_order": 0.0, "first_order": 1.0},
+NO_LABELS = LossConfig(cross_entropy=0.0)
+KNOWLEDGE = {
+    name: Objective(loss=NO_LABELS, knowledge=(replace(kind, weight=1.0),))
+    for name, kind in {
+        "zero-order": ZeroOrder(),
+        "first-order": FirstOrder(),
+        "DIST": Dist(),
+        "channel-wise": ChannelWise(),
+        "pseudo-labels": PseudoLabels(form="confidence", least_confidence=0.5),
+    }.items()
 }
-LABELS = {"cross_entropy": 1.0, "zero_order": 0.0, "first_order": 0.0}
-EVERYTHING = LossConfig(first_order=5.0)
+LABELS = Objective()
+EVERYTHING = Objective(
+    knowledge=(
+        ZeroOrder(),
+        FirstOrder(weight=5.0),
+        Dist(weight=0.5),
+        ChannelWise(weight=2.0),
+        PseudoLabels(weight=0.3, on="auxiliary"),
+    )
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +101,12 @@ def collate(crops: Sequence[Crop]) -> tuple[Batch, dict[str, Tensor]]:
     return batch, {"soft": scores.log_softmax(1), "first_order": maps}
 
 
-def gradients(crops: Sequence[Crop], config: LossConfig) -> Tensor:
+def gradients(crops: Sequence[Crop], objective: Objective) -> Tensor:
     """Of the loss of one step, with respect to each crop's logits."""
     batch, decoded = collate(crops)
     logits = torch.stack([crop.logits for crop in crops]).requires_grad_()
     student = Grid(stride=4).mapping(*batch.labels_NHW.shape[1:])
-    (gradient,) = torch.autograd.grad(total_loss(logits, student, batch, decoded, config)[0], logits)
+    (gradient,) = torch.autograd.grad(total_loss(logits, student, batch, decoded, objective)[0], logits)
     assert gradient.count_nonzero() > 0
     return gradient
 
@@ -99,7 +119,7 @@ A, B, C = Crop(seed=1), Crop(seed=2, cells=(3, 4)), Crop(seed=3, ignored=0.6)
 
 
 def parametrise_knowledge(test: Any) -> Any:
-    return pytest.mark.parametrize("weights", KNOWLEDGE.values(), ids=KNOWLEDGE)(test)
+    return pytest.mark.parametrize("objective", KNOWLEDGE.values(), ids=KNOWLEDGE)(test)
 
 
 @parametrise_knowledge
@@ -108,8 +128,8 @@ def parametrise_knowledge(test: Any) -> Any:
     [C, Crop(seed=4, cells=(2, 2)), Crop(seed=5, labelled=False)],
     ids=["a duplicate", "a zoomed-out sample with few cells", "an auxiliary sample"],
 )
-def test_one_more_sample_is_one_more_in_the_mean_over_samples(weights: dict[str, float], other: Crop) -> None:
-    before, after = (gradients(crops, LossConfig(**weights)) for crops in ([A, B, C], [A, B, C, other]))
+def test_one_more_sample_is_one_more_in_the_mean_over_samples(objective: Objective, other: Crop) -> None:
+    before, after = (gradients(crops, objective) for crops in ([A, B, C], [A, B, C, other]))
     torch.testing.assert_close(after[:3], before * 3 / 4)
     if other is C:
         torch.testing.assert_close(after[3], after[2])
@@ -120,8 +140,8 @@ def test_one_more_sample_is_one_more_in_the_mean_over_samples(weights: dict[str,
 )
 def test_a_sample_without_valid_cells_is_not_counted(term: str, cells: tuple[int, int]) -> None:
     """A lone cell counts, but without its neighbours not for the first-order term."""
-    config = LossConfig(**KNOWLEDGE[term])
-    before, after = gradients([A, B], config), gradients([A, B, Crop(seed=6, cells=cells)], config)
+    objective = KNOWLEDGE[term]
+    before, after = gradients([A, B], objective), gradients([A, B, Crop(seed=6, cells=cells)], objective)
     torch.testing.assert_close(after[:2], before)
     assert after[2].count_nonzero() == 0
 
@@ -130,20 +150,19 @@ def test_a_sample_without_valid_cells_is_not_counted(term: str, cells: tuple[int
 @pytest.mark.parametrize(
     "changed", [replace(C, cells=(2, 3)), replace(C, ignored=0.9), replace(C, labelled=False)], ids=str
 )
-def test_cells_and_labels_of_one_sample_leave_the_others_alone(weights: dict[str, float], changed: Crop) -> None:
-    config = LossConfig(**weights)
-    assert torch.equal(gradients([A, B, C], config)[:2], gradients([A, B, changed], config)[:2])
+def test_cells_and_labels_of_one_sample_leave_the_others_alone(objective: Objective, changed: Crop) -> None:
+    assert torch.equal(gradients([A, B, C], objective)[:2], gradients([A, B, changed], objective)[:2])
 
 
 @pytest.mark.parametrize("other", [C, replace(C, ignored=0.95), replace(C, labelled=False)], ids=str)
 def test_cross_entropy_is_a_mean_over_the_labelled_pixels_of_the_batch(other: Crop) -> None:
-    before, after = (gradients(crops, LossConfig(**LABELS)) for crops in ([A, B], [A, B, other]))
+    before, after = (gradients(crops, LABELS) for crops in ([A, B], [A, B, other]))
     valid = pixels_of(other) if other.labelled else 0
     torch.testing.assert_close(after[:2], before * pixels_of(A, B) / (pixels_of(A, B) + valid))
 
 
 @parametrise_knowledge
-def test_terms_do_not_grow_with_the_crops_area(weights: dict[str, float]) -> None:
+def test_terms_do_not_grow_with_the_crops_area(objective: Objective) -> None:
     """Rows alike, so that a window of twice the cells has the same mean."""
     values = []
     for rows in (3, 6):
@@ -154,7 +173,7 @@ def test_terms_do_not_grow_with_the_crops_area(weights: dict[str, float]) -> Non
         valid = batch.sources.counts_first_Shw.clone()
         valid[:, 0] = False  # Its rows have fewer neighbours.
         batch = replace(batch, sources=replace(batch.sources, counts_first_Shw=valid))
-        values.append(total_loss(logits, Grid(stride=4).mapping(32, 32), batch, alike, LossConfig(**weights))[0])
+        values.append(total_loss(logits, Grid(stride=4).mapping(32, 32), batch, alike, objective)[0])
     torch.testing.assert_close(values[0], values[1])
     assert values[0] > 0
 
@@ -186,7 +205,9 @@ def parameters_gradient(model: nn.Module) -> Tensor:
 def test_a_step_in_parts_is_the_whole_step(parts: list[list[Crop]]) -> None:
     whole, split = network(), network()
     expected = backward(whole, STEP, None)
-    denominators = Denominators.of(*(collate(part)[0] for part in parts), class_weights=CLASS_WEIGHTS)
+    denominators = Denominators.of(
+        *(collate(part)[0] for part in parts), objective=EVERYTHING, class_weights=CLASS_WEIGHTS
+    )
     values = [backward(split, part, denominators) for part in parts]
     torch.testing.assert_close(parameters_gradient(split), parameters_gradient(whole))
     for name, value in expected.items():

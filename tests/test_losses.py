@@ -13,17 +13,19 @@ import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from segkd.pipeline.data.batch import Batch, Sources
 from segkd.pipeline.first_order import EPSILON
 from segkd.pipeline.models.network import Grid
-from segkd.pipeline.student.losses import (
-    LossConfig,
-    first_order,
-    needed_targets,
-    total_loss,
-    zero_order,
-)
+from segkd.pipeline.student.knowledge.base import Knowledge
+from segkd.pipeline.student.knowledge.channel_wise import ChannelWise
+from segkd.pipeline.student.knowledge.dist import Dist
+from segkd.pipeline.student.knowledge.first_order import FirstOrder
+from segkd.pipeline.student.knowledge.pseudo_labels import PseudoLabels
+from segkd.pipeline.student.knowledge.schedule import Schedule
+from segkd.pipeline.student.knowledge.zero_order import ZeroOrder
+from segkd.pipeline.student.losses import LossConfig, Objective, loss_terms, total_loss
 from segkd.storage.errors import ConfigError
 from segkd.storage.geometry import Axis, resampling
 
@@ -31,15 +33,31 @@ CROP = (13, 18)
 CLASSES = 4
 STUDENT = Grid(stride=5).mapping(*CROP)
 CLASS_WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 3.5])
-OFF = {"cross_entropy": 0.0, "zero_order": 0.0, "first_order": 0.0}
-FORMS: dict[str, dict[str, Any]] = {
-    "cross-entropy": {"cross_entropy": 1.0},
-    "kl": {"zero_order": 1.0},
-    "kl at T=4": {"zero_order": 1.0, "temperature": 4.0},
-    "squared": {"zero_order": 1.0, "zero_order_form": "squared"},
-    "squared at T=2": {"zero_order": 1.0, "zero_order_form": "squared", "temperature": 2.0},
-    "first-order of softmax": {"first_order": 1.0},
-    "first-order of logits": {"first_order": 1.0, "first_order_form": "logits"},
+NO_LABELS = LossConfig(cross_entropy=0.0)
+
+
+def alone(kind: Knowledge) -> Objective:
+    return Objective(loss=NO_LABELS, knowledge=(replace(kind, weight=1.0),))
+
+
+KNOWN = {
+    "cross-entropy": Objective(),
+    "smoothed cross-entropy": Objective(loss=LossConfig(label_smoothing=0.3)),
+    "kl": alone(ZeroOrder()),
+    "kl at T=4": alone(ZeroOrder(temperature=4.0)),
+    "kl on auxiliary crops": alone(ZeroOrder(on="auxiliary")),
+    "squared": alone(ZeroOrder(form="squared")),
+    "squared at T=2": alone(ZeroOrder(form="squared", temperature=2.0)),
+    "first-order of softmax": alone(FirstOrder()),
+    "first-order of logits": alone(FirstOrder(form="logits")),
+}
+"""With a reference here, from the logits of the crops on; the references of the others start at the cells, see
+test_knowledge.py."""
+FORMS = KNOWN | {
+    "DIST": alone(Dist()),
+    "channel-wise": alone(ChannelWise()),
+    "pseudo-labels": alone(PseudoLabels()),
+    "pseudo-labels by confidence": alone(PseudoLabels(form="confidence")),
 }
 # Crop, cell -> crop pixel (y, x), window rows and columns, columns of the crop that are this source's.
 SOURCES = [
@@ -51,7 +69,11 @@ SOURCES = [
 
 
 def parametrise_forms(test: Any) -> Any:
-    return pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)(test)
+    return pytest.mark.parametrize("objective", FORMS.values(), ids=FORMS)(test)
+
+
+def parametrise_known(test: Any) -> Any:
+    return pytest.mark.parametrize("objective", KNOWN.values(), ids=KNOWN)(test)
 
 
 def sources() -> Sources:
@@ -102,23 +124,27 @@ def cell_logits(crop_Chw: npt.NDArray[np.float64], y: Axis, x: Axis) -> npt.NDAr
     return np.einsum("tv,uw,cvw->tuc", resampling(y, STUDENT.y), resampling(x, STUDENT.x), crop_Chw)
 
 
-def reference_cross_entropy(logits: npt.NDArray[np.float64], batch: Batch, weights: Tensor | None) -> float:
+def reference_cross_entropy(
+    logits: npt.NDArray[np.float64], batch: Batch, smoothing: float, weights: Tensor | None
+) -> float:
+    per_class = np.ones(CLASSES) if weights is None else weights.double().numpy()
     total = count = 0.0
     for n in range(2):
         pixels = cell_logits(logits[n], Axis(1, 0, CROP[0]), Axis(1, 0, CROP[1]))
         for v, u in np.ndindex(*CROP):
             label = int(batch.labels_NHW[n, v, u])
             if label != 255:
-                weight = 1.0 if weights is None else weights[label].item()
-                total -= weight * np.log(softmax(pixels[v, u])[label])
-                count += weight
+                smoothed = np.full(CLASSES, smoothing / CLASSES)
+                smoothed[label] += 1 - smoothing
+                total -= sum(per_class * smoothed * np.log(softmax(pixels[v, u])))
+                count += per_class[label]
     return total / count
 
 
-def zero_order_of_cell(teacher: npt.NDArray[np.float64], logits: npt.NDArray[np.float64], config: LossConfig) -> float:
-    heat = config.temperature
+def zero_order_of_cell(teacher: npt.NDArray[np.float64], logits: npt.NDArray[np.float64], kind: ZeroOrder) -> float:
+    heat = kind.temperature
     p, q = softmax(teacher / heat), softmax(logits / heat)
-    if config.zero_order_form == "squared":
+    if kind.form == "squared":
         return sum((a - b) ** 2 for a, b in zip(p, q, strict=True))
     return heat**2 * sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
 
@@ -133,74 +159,57 @@ def first_order_of_cell(cells: npt.NDArray[np.float64], j: int, i: int, size: tu
     return sum(np.sqrt(s + EPSILON**2) - EPSILON for s in squared) / len(near)
 
 
-def reference(logits: npt.NDArray[np.float64], config: LossConfig, weights: Tensor | None = None) -> float:
-    """The one term that is switched on, cell by cell: the mean in each crop, then over the crops that have any."""
+def reference(logits: npt.NDArray[np.float64], objective: Objective, weights: Tensor | None = None) -> float:
+    """The only term, cell by cell: the mean in each crop, then over the crops that have any."""
     _, batch, decoded = example()
     assert batch.sources is not None
-    if config.cross_entropy:
-        return reference_cross_entropy(logits, batch, weights)
+    if objective.loss.cross_entropy:
+        return reference_cross_entropy(logits, batch, objective.loss.label_smoothing, weights)
+    (kind,) = objective.knowledge
     values: dict[int, list[float]] = {}
     for s, (crop, y, x, size, _) in enumerate(SOURCES):
+        if kind.on == "auxiliary" and batch.labelled_N[crop]:
+            continue
         cells = cell_logits(logits[crop], Axis(*y, size[0]), Axis(*x, size[1]))
         for j, i in np.ndindex(*size):
-            if config.zero_order and batch.sources.counts_Shw[s, j, i]:
+            if isinstance(kind, ZeroOrder) and batch.sources.counts_Shw[s, j, i]:
                 teacher = decoded["soft"][s, :, j, i].double().numpy()
-                values.setdefault(crop, []).append(zero_order_of_cell(teacher, cells[j, i], config))
-            if config.first_order and batch.sources.counts_first_Shw[s, j, i]:
-                written = decoded[needed_targets(config)[0]][s, 0, j, i].item()
-                own = first_order_of_cell(cells, j, i, size, config.first_order_form)
+                values.setdefault(crop, []).append(zero_order_of_cell(teacher, cells[j, i], kind))
+            if isinstance(kind, FirstOrder) and batch.sources.counts_first_Shw[s, j, i]:
+                written = decoded[objective.targets[0]][s, 0, j, i].item()
+                own = first_order_of_cell(cells, j, i, size, kind.form)
                 values.setdefault(crop, []).append((written - own) ** 2)
-    assert set(values) == {0, 2}
+    assert set(values) == ({0, 2} if kind.on == "all" else {2})
     return float(np.mean([np.mean(crop) for crop in values.values()]))
 
 
-@parametrise_forms
+@parametrise_known
 @pytest.mark.parametrize("weights", [None, CLASS_WEIGHTS], ids=["plain", "class weights"])
-def test_equals_the_reference(form: dict[str, Any], weights: Tensor | None) -> None:
-    config = LossConfig(**OFF | form)
+def test_equals_the_reference(objective: Objective, weights: Tensor | None) -> None:
     logits, batch, decoded = example()
-    loss, terms = total_loss(logits, STUDENT, batch, decoded, config, weights)
+    loss, terms = total_loss(logits, STUDENT, batch, decoded, objective, weights)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(reference(logits.double().numpy(), config, weights), rel=1e-5)
-    assert terms == {next(name for name in OFF if getattr(config, name)): loss}
+    assert loss.item() == pytest.approx(reference(logits.double().numpy(), objective, weights), rel=1e-5)
+    assert terms == {next(iter(objective.weights)): loss}
 
 
-@parametrise_forms
-def test_gradient_equals_the_references(form: dict[str, Any]) -> None:
-    config = LossConfig(**OFF | form)
+@parametrise_known
+def test_gradient_equals_the_references(objective: Objective) -> None:
     logits, batch, decoded = example()
-    loss, _ = total_loss(logits.requires_grad_(), STUDENT, batch, decoded, config, CLASS_WEIGHTS)
+    loss, _ = total_loss(logits.requires_grad_(), STUDENT, batch, decoded, objective, CLASS_WEIGHTS)
     (gradient,) = torch.autograd.grad(loss, logits)
     at = logits.detach().double().numpy()
     for seed in range(2):
         direction = np.random.default_rng(seed).standard_normal(at.shape)
-        high, low = (reference(at + step * direction, config, CLASS_WEIGHTS) for step in (1e-4, -1e-4))
+        high, low = (reference(at + step * direction, objective, CLASS_WEIGHTS) for step in (1e-4, -1e-4))
         assert (gradient.numpy() * direction).sum() == pytest.approx((high - low) / 2e-4, rel=1e-3)
 
 
-@pytest.mark.parametrize("form", ["kl", "squared"])
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_zero_order_gradcheck(form: Any, temperature: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    log_probs, logits = torch.randn((2, 2, 3, 2, 2), dtype=torch.float64, generator=generator)
-    log_probs[:, 0, 0] = -torch.inf
-    assert torch.autograd.gradcheck(lambda z: zero_order(z, log_probs, form, temperature), logits.requires_grad_())
-
-
-@pytest.mark.parametrize("form", ["softmax", "logits"])
-def test_first_order_gradcheck(form: Any) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn((2, 3, 3, 3), dtype=torch.float64, generator=generator)
-    written = torch.rand((2, 3, 3), dtype=torch.float64, generator=generator)
-    counts = torch.rand((2, 3, 3), generator=generator) < 0.8
-    assert torch.autograd.gradcheck(lambda z: first_order(z, written, counts, form), logits.requires_grad_())
-
-
 @parametrise_forms
-def test_identical_cells_have_finite_gradients(form: dict[str, Any]) -> None:
+def test_identical_cells_have_finite_gradients(objective: Objective) -> None:
     _, batch, decoded = example()
     logits = torch.zeros(3, CLASSES, *STUDENT.shape, requires_grad=True)
-    loss, _ = total_loss(logits, STUDENT, batch, decoded, LossConfig(**OFF | form))
+    loss, _ = total_loss(logits, STUDENT, batch, decoded, objective)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert loss > 0
     assert torch.isfinite(gradient).all()
@@ -208,33 +217,47 @@ def test_identical_cells_have_finite_gradients(form: dict[str, Any]) -> None:
 
 def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
     logits, batch, decoded = example()
-    config = LossConfig(cross_entropy=2.0, zero_order=0.5, first_order=30.0)
-    loss, terms = total_loss(logits.requires_grad_(), STUDENT, batch, decoded, config)
+    objective = Objective(
+        loss=LossConfig(cross_entropy=2.0), knowledge=(ZeroOrder(weight=0.5), FirstOrder(weight=30.0))
+    )
+    loss, terms = total_loss(logits.requires_grad_(), STUDENT, batch, decoded, objective)
     expected = 2 * terms["cross_entropy"] + 0.5 * terms["zero_order"] + 30 * terms["first_order"]
     assert loss.item() == pytest.approx(expected.item())
     assert not any(term.requires_grad for term in terms.values())
 
 
 @parametrise_forms
-def test_terms_at_weight_0_read_nothing(form: dict[str, Any]) -> None:
-    config = LossConfig(**OFF | form)
+def test_terms_at_weight_0_read_nothing(objective: Objective) -> None:
     logits, batch, decoded = example()
-    needed = {name: decoded[name] for name in needed_targets(config)}
+    off = tuple(kind() for kind in (Dist, ChannelWise, PseudoLabels))
+    objective = replace(objective, knowledge=(*objective.knowledge, *off))
+    needed = {name: decoded[name] for name in objective.targets}
     if not needed:
         batch = replace(batch, sources=None)
-    _, terms = total_loss(logits, STUDENT, batch, needed, config)
+    _, terms = total_loss(logits, STUDENT, batch, needed, objective)
     assert len(terms) == 1
 
 
 def test_needed_targets() -> None:
-    assert needed_targets(LossConfig()) == ("soft", "first_order")
-    assert needed_targets(LossConfig(zero_order=0, first_order_form="logits")) == ("first_order_logits",)
-    assert needed_targets(LossConfig(first_order=0)) == ("soft",)
-    assert needed_targets(LossConfig(zero_order=0, first_order=0)) == ()
+    assert Objective(knowledge=(ZeroOrder(), FirstOrder(), Dist(weight=1.0))).targets == ("soft", "first_order")
+    assert Objective(knowledge=(ZeroOrder(weight=0.0), FirstOrder(form="logits"))).targets == ("first_order_logits",)
+    assert Objective().targets == ()
+
+
+def test_a_schedule_acts_on_the_weight_and_on_nothing_else() -> None:
+    """Falling by a quarter of the weight a step, over all of four steps; terms are logged without their weight."""
+    logits, batch, decoded = example()
+    falling = Objective(loss=NO_LABELS, knowledge=(ZeroOrder(weight=8.0, schedule=Schedule(fall=1.0)),))
+    whole, terms = total_loss(logits, STUDENT, batch, decoded, falling)
+    for step in range(4):
+        loss, same = total_loss(logits, STUDENT, batch, decoded, falling.at(step, 4))
+        assert loss.item() == pytest.approx(whole.item() * (4 - step) / 4)
+        assert same == terms
+    assert falling.at(3, 4).at(0, 4).weights == {"zero_order": 2.0}
 
 
 @parametrise_forms
-def test_nothing_valid_is_exactly_zero(form: dict[str, Any]) -> None:
+def test_nothing_valid_is_exactly_zero(objective: Objective) -> None:
     logits, batch, decoded = example()
     assert batch.sources is not None
     nowhere = torch.zeros_like(batch.sources.counts_Shw)
@@ -246,7 +269,7 @@ def test_nothing_valid_is_exactly_zero(form: dict[str, Any]) -> None:
     decoded = {name: torch.full_like(target, torch.nan) for name, target in decoded.items()}
     for labelled in (batch.labelled_N, torch.zeros(3, dtype=torch.bool)):
         given = replace(batch, labelled_N=labelled)
-        loss, _ = total_loss(logits.requires_grad_(), STUDENT, given, decoded, LossConfig(**OFF | form), CLASS_WEIGHTS)
+        loss, _ = total_loss(logits.requires_grad_(), STUDENT, given, decoded, objective, CLASS_WEIGHTS)
         (gradient,) = torch.autograd.grad(loss, logits)
         assert loss.item() == 0
         assert torch.count_nonzero(gradient) == 0
@@ -255,35 +278,64 @@ def test_nothing_valid_is_exactly_zero(form: dict[str, Any]) -> None:
 def test_auxiliary_crops_have_no_cross_entropy_whatever_their_labels() -> None:
     logits, batch, decoded = example()
     assert (batch.labels_NHW[2] != 255).any()
-    loss, _ = total_loss(logits.requires_grad_(), STUDENT, batch, decoded, LossConfig(zero_order=0, first_order=0))
+    loss, _ = total_loss(logits.requires_grad_(), STUDENT, batch, decoded, Objective())
     (gradient,) = torch.autograd.grad(loss, logits)
     assert torch.count_nonzero(gradient[2]) == 0
     assert torch.count_nonzero(gradient[0]) > 0
 
 
 @parametrise_forms
-def test_the_loss_is_in_float32_under_autocast(form: dict[str, Any]) -> None:
+def test_the_loss_is_in_float32_under_autocast(objective: Objective) -> None:
     logits, batch, decoded = example()
-    config = LossConfig(**OFF | form)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, _ = total_loss(logits.bfloat16(), STUDENT, batch, decoded, config)
+        loss, _ = total_loss(logits.bfloat16(), STUDENT, batch, decoded, objective)
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, total_loss(logits.bfloat16().float(), STUDENT, batch, decoded, config)[0])
+    assert torch.equal(loss, total_loss(logits.bfloat16().float(), STUDENT, batch, decoded, objective)[0])
+
+
+def test_knowledge_of_auxiliary_images_leaves_labelled_crops_alone() -> None:
+    """And counts as if there were no others."""
+    logits, batch, decoded = example()
+    objective = alone(PseudoLabels(on="auxiliary"))
+    loss, _ = total_loss(logits.requires_grad_(), STUDENT, batch, decoded, objective)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.count_nonzero(gradient[:2]) == 0
+    assert torch.count_nonzero(gradient[2]) > 0
+    whole, _ = total_loss(logits, STUDENT, batch, decoded, alone(PseudoLabels()))
+    labelled = replace(batch, labelled_N=~batch.labelled_N)
+    rest, _ = total_loss(logits, STUDENT, labelled, decoded, objective)
+    assert whole.item() == pytest.approx((loss.item() + rest.item()) / 2)
+
+
+@pytest.mark.parametrize("weights", [None, CLASS_WEIGHTS], ids=["plain", "class weights"])
+def test_label_smoothing_is_torchs(weights: Tensor | None) -> None:
+    """On a student grid of one cell a pixel, and labelled crops alone."""
+    _, batch, _ = example()
+    batch = replace(batch, labelled_N=torch.ones(3, dtype=torch.bool), sources=None)
+    logits = torch.randn((3, CLASSES, *CROP), generator=torch.Generator().manual_seed(1))
+    objective = Objective(loss=LossConfig(label_smoothing=0.2))
+    terms = loss_terms(logits, Grid(stride=1).mapping(*CROP), batch, {}, objective, weights)
+    expected = F.cross_entropy(logits, batch.labels_NHW, weights, ignore_index=255, label_smoothing=0.2)
+    torch.testing.assert_close(terms["cross_entropy"], expected)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"zero_order": -1.0}, "loss.zero_order is -1.0; a weight is a finite number of at least 0 (0 = off)"),
-        ({"first_order": float("nan")}, "loss.first_order is nan; a weight is a finite number of at least 0 (0 = off)"),
-        ({"temperature": 0.0}, "loss.temperature is 0.0; expected a finite number above 0 (1 = as is)"),
-        (
-            OFF,
-            "every weight of the loss is 0; give at least one of cross_entropy, zero_order, first_order a weight",
-        ),
+        ({"cross_entropy": -1.0}, "loss.cross_entropy is -1.0; expected a finite number of at least 0 (0 = off)"),
+        ({"label_smoothing": 1.5}, "loss.label_smoothing is 1.5; expected a share, 0 to 1 (0 = none)"),
     ],
 )
-def test_bad_settings(values: dict[str, float], message: str) -> None:
+def test_bad_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        LossConfig(**values)  # type: ignore[arg-type]
+        LossConfig(**values)
     assert str(error.value) == message
+
+
+def test_nothing_to_learn() -> None:
+    with pytest.raises(ConfigError) as error:
+        Objective(loss=NO_LABELS, knowledge=(ZeroOrder(weight=0.0), Dist()))
+    assert str(error.value) == (
+        "every weight of the loss is 0; give loss.cross_entropy or a kind of knowledge, such as "
+        "knowledge.zero_order.weight, one above 0"
+    )

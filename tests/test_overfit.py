@@ -5,8 +5,6 @@ Shapes: N crops of H,W pixels; C classes; h, w cells.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,18 +13,28 @@ from torch.nn import functional as F
 from segkd.pipeline.data.batch import Batch, Sources
 from segkd.pipeline.first_order import features_of, first_order_map
 from segkd.pipeline.models.network import Grid
-from segkd.pipeline.student.losses import LossConfig, total_loss
+from segkd.pipeline.student.knowledge.base import Knowledge
+from segkd.pipeline.student.knowledge.channel_wise import ChannelWise
+from segkd.pipeline.student.knowledge.dist import Dist
+from segkd.pipeline.student.knowledge.first_order import FirstOrder
+from segkd.pipeline.student.knowledge.pseudo_labels import PseudoLabels
+from segkd.pipeline.student.knowledge.zero_order import ZeroOrder
+from segkd.pipeline.student.losses import LossConfig, Objective, total_loss
 
 PIXELS, CELLS, CLASSES, SAMPLES = 32, 8, 5, 4
-OFF = {"cross_entropy": 0.0, "zero_order": 0.0, "first_order": 0.0}
-FORMS: dict[str, dict[str, Any]] = {
-    "cross-entropy": {"cross_entropy": 1.0},
-    "kl": {"zero_order": 1.0},
-    "kl at T=4": {"zero_order": 1.0, "temperature": 4.0},
-    "squared": {"zero_order": 1.0, "zero_order_form": "squared"},
-    "first-order of softmax": {"first_order": 1.0},
-    "first-order of logits": {"first_order": 1.0, "first_order_form": "logits"},
-    "zero- and first-order": {"zero_order": 1.0, "first_order": 10.0},
+KNOWLEDGE: dict[str, tuple[Knowledge, ...]] = {
+    "kl": (ZeroOrder(),),
+    "kl at T=4": (ZeroOrder(temperature=4.0),),
+    "squared": (ZeroOrder(form="squared"),),
+    "first-order of softmax": (FirstOrder(),),
+    "first-order of logits": (FirstOrder(form="logits"),),
+    "zero- and first-order": (ZeroOrder(), FirstOrder()),
+    "DIST": (Dist(weight=1.0),),
+    "channel-wise": (ChannelWise(weight=1.0),),
+    "pseudo-labels": (PseudoLabels(weight=1.0),),
+}
+OBJECTIVES = {"cross-entropy": Objective()} | {
+    name: Objective(loss=LossConfig(cross_entropy=0.0), knowledge=kinds) for name, kinds in KNOWLEDGE.items()
 }
 
 
@@ -76,15 +84,14 @@ def tiny_student() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_a_student_overfits_four_samples(form: dict[str, Any]) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_a_student_overfits_four_samples(objective: Objective) -> None:
     batch, decoded = four_samples()
-    config = LossConfig(**OFF | form)
     student, mapping = tiny_student(), Grid(stride=4).mapping(PIXELS, PIXELS)
     optimiser = torch.optim.Adam(student.parameters(), lr=5e-3)
     history = []
     for _ in range(250):
-        loss, terms = total_loss(student(batch.images_N3HW), mapping, batch, decoded, config)
+        loss, terms = total_loss(student(batch.images_N3HW), mapping, batch, decoded, objective)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()

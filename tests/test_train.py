@@ -36,6 +36,11 @@ from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.checkpoint import network_from_checkpoint
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.inputs import open_inputs
+from segkd.pipeline.student.knowledge.base import Knowledge
+from segkd.pipeline.student.knowledge.config import KnowledgeConfig
+from segkd.pipeline.student.knowledge.first_order import FirstOrder
+from segkd.pipeline.student.knowledge.pseudo_labels import PseudoLabels
+from segkd.pipeline.student.losses import LossConfig
 from segkd.pipeline.student.runtime import torch_settings
 from segkd.pipeline.student.train import TrainingStopped, train
 from segkd.pipeline.student.trainer import Trainer
@@ -186,6 +191,12 @@ def untimed(output: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "images_per_second"} for record in records(output)]
 
 
+def knowledge_of(*kinds: Knowledge) -> KnowledgeConfig:
+    """These alone."""
+    off = {kind.name: replace(kind, weight=0.0) for kind in KnowledgeConfig().kinds()}
+    return replace(KnowledgeConfig(), **off | {kind.name: kind for kind in kinds})  # type: ignore[arg-type]
+
+
 def assert_same_tensors(one: Path, other: Path) -> None:
     (_, expected), (_, found) = checkpoint.load(one), checkpoint.load(other)
     assert expected.keys() == found.keys()
@@ -193,15 +204,14 @@ def assert_same_tensors(one: Path, other: Path) -> None:
     assert not differing
 
 
-def first_batch(run: RunConfig, **loss: Any) -> tuple[Trainer, Batch]:
+def first_batch(run: RunConfig) -> tuple[Trainer, Batch]:
     """A trainer whose network has no dropout, and a batch for it."""
     run = replace(run, student=NetworkConfig(reference="deeplab-mobilenetv1", arguments={"width": 0.25}))
-    run = replace(run, loss=replace(run.loss, **loss))
     student = run.the_student()
     inputs = open_inputs(run, student, distill=True)
     torch.manual_seed(0)
     network = load_network(student, len(CLASSES))
-    trainer = Trainer(network, run.train, inputs.loss, device=torch.device("cpu"), cache=inputs.cache)
+    trainer = Trainer(network, run.train, inputs.objective, device=torch.device("cpu"), cache=inputs.cache)
     return trainer, inputs.stream[0]
 
 
@@ -442,20 +452,33 @@ def test_one_pooled_value_under_batch_norm(labels_only: RunConfig, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("distill", "settings", "loss", "message"),
+    ("distill", "settings", "others", "message"),
     [
         (False, {"auxiliary": 1}, {}, "train.auxiliary is 1, but without distillation nothing can be learned from"),
-        (True, {}, {"zero_order": 0.0, "first_order": 0.0}, "both 0, so nothing would be distilled"),
-        (False, {"auxiliary": 0}, {"cross_entropy": 0.0}, "every weight of the loss is 0"),
+        (
+            True,
+            {},
+            {"knowledge": knowledge_of()},
+            r"^every weight in \[knowledge\] is 0, so nothing would be distilled; give one of zero_order, first_order, "
+            "dist, channel_wise, pseudo_labels a weight, or train on labels alone with --no-distill$",
+        ),
+        (
+            True,
+            {"auxiliary": 0},
+            {"knowledge": knowledge_of(PseudoLabels(weight=1.0, on="auxiliary"))},
+            r'^knowledge\.pseudo_labels\.on is "auxiliary", but train\.auxiliary is 0, so it would never act; raise '
+            r'train\.auxiliary, set on = "all", or knowledge\.pseudo_labels\.weight = 0$',
+        ),
+        (False, {"auxiliary": 0}, {"loss": LossConfig(cross_entropy=0.0)}, "every weight of the loss is 0"),
         (False, {"auxiliary": 0, "class_weights": (1.0,)}, {}, r"has 1 weights, the data 3 classes \(sky, road, car\)"),
         (True, {"device": "cuda:99"}, {}, "'cuda:99', but torch sees"),
         (True, {"backbone_rate": 0.1}, {}, "no module called 'backbone'"),
     ],
 )
 def test_settings_that_do_not_fit(
-    run: RunConfig, tmp_path: Path, distill: bool, settings: dict[str, Any], loss: dict[str, float], message: str
+    run: RunConfig, tmp_path: Path, distill: bool, settings: dict[str, Any], others: dict[str, Any], message: str
 ) -> None:
-    bad = replace(change(run, **settings), loss=replace(run.loss, **loss))  # type: ignore[arg-type]
+    bad = replace(change(run, **settings), **others)
     with pytest.raises(ConfigError, match=message):
         train(bad, tmp_path / "out", distill=distill)
     assert not (tmp_path / "out").exists()
@@ -483,7 +506,7 @@ def test_a_cache_that_does_not_fit(run: RunConfig, tmp_path: Path) -> None:
     other = replace(run, data=replace(run.data, classes=("sky", "road", "bus")))
     with pytest.raises(CacheMismatchError, match="classes sky, road, car, the data of sky, road, bus"):
         train(other, tmp_path)
-    lacking = replace(run, loss=replace(run.loss, first_order_form="logits"))
+    lacking = replace(run, knowledge=knowledge_of(FirstOrder(form="logits")))
     with pytest.raises(CacheMismatchError, match="keeps no target 'first_order_logits', only soft, first_order"):
         train(lacking, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -619,9 +642,10 @@ def test_gradients_of_terms_are_those_at_the_logits(run: RunConfig) -> None:
     """Each alone is what a hook sees at the logits; a term's figure does not depend on the others'."""
     trainer, batch = first_batch(run)
     together = trainer.step(batch, 0, measure=True)["gradient"]
-    off = {"cross_entropy": 0.0, "zero_order": 0.0, "first_order": 0.0}
-    for term, weight in {"zero_order": 1.0, "first_order": 10.0}.items():
-        trainer, batch = first_batch(run, **{**off, term: weight})
+    for term in ("zero_order", "first_order"):
+        kind = getattr(run.knowledge, term)
+        only = replace(run, loss=LossConfig(cross_entropy=0.0), knowledge=knowledge_of(kind))
+        trainer, batch = first_batch(only)
         seen: list[float] = []
         watch_gradient(trainer.network, seen)
         alone = trainer.step(batch, 0, measure=True)["gradient"]

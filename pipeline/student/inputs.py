@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample, with_ro
 from segkd.pipeline.data.stream import StreamConfig, TrainStream
 from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.student.config import TrainConfig
-from segkd.pipeline.student.losses import LossConfig, needed_targets, uses
+from segkd.pipeline.student.knowledge.base import Knowledge
+from segkd.pipeline.student.knowledge.config import KnowledgeConfig
+from segkd.pipeline.student.losses import Objective
 from segkd.pipeline.teacher.fingerprints import portable
 from segkd.storage.coding import ExactDistribution
 from segkd.storage.differences import difference, leaves
@@ -38,8 +40,8 @@ class Inputs:
     source: DataSource
     cache: CacheReader | None
     """None when nothing is distilled."""
-    loss: LossConfig
-    """The terms of the run; without distillation those of the teacher have no weight."""
+    objective: Objective
+    """The terms of the run; without distillation those of the labels alone."""
     stream: TrainStream
     select: tuple[Sample, ...]
     """What the run validates on; empty when it does not."""
@@ -58,13 +60,9 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool) -> Inp
     Raises ConfigError, DataError, CacheError or ContaminationError where they do not fit each other or the run.
     """
     train = run.train
-    loss = run.loss if distill else replace(run.loss, zero_order=0.0, first_order=0.0)
-    targets = needed_targets(loss)
-    if distill and not targets:
-        raise ConfigError(
-            "loss.zero_order and loss.first_order are both 0, so nothing would be distilled; "
-            "give one of them a weight, or train on labels alone with --no-distill"
-        )
+    objective = Objective(loss=run.loss, knowledge=run.knowledge.kinds() if distill else ())
+    if distill:
+        _check_knowledge(objective.knowledge, train)
     if train.auxiliary and not distill:
         raise ConfigError(
             f"train.auxiliary is {train.auxiliary}, but without distillation nothing can be learned from samples "
@@ -92,8 +90,8 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool) -> Inp
         _check_teacher(cache, run.teacher)
     if cache is not None:
         cache.prepare()
-    if cache is not None and not loss.allow_unpromised:
-        check_promise(cache.spec, loss, str(cache.path))
+    if cache is not None and not run.loss.allow_unpromised:
+        check_promise(cache.spec, objective.knowledge, str(cache.path))
     config = StreamConfig(
         labelled=train.labelled,
         auxiliary=train.auxiliary,
@@ -102,31 +100,53 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool) -> Inp
         seed=train.seed,
         on_damage=train.on_damage,
     )
-    stream = TrainStream(source, cache, targets, config, run.augment, student.preprocessing)
+    stream = TrainStream(source, cache, objective.targets, config, run.augment, student.preprocessing)
     weights = class_weights(source, train)
-    return Inputs(source=source, cache=cache, loss=loss, stream=stream, select=select, class_weights=weights)
+    return Inputs(source=source, cache=cache, objective=objective, stream=stream, select=select, class_weights=weights)
 
 
-def check_promise(spec: CacheSpec, loss: LossConfig, where: str) -> None:
-    """Raises CacheMismatchError where a term reads distributions at a temperature that the cache's bound leaves out.
+def _check_knowledge(knowledge: Sequence[Knowledge], train: TrainConfig) -> None:
+    """Raises ConfigError where nothing would be distilled, or something from images that no batch holds."""
+    if not knowledge:
+        raise ConfigError(
+            "every weight in [knowledge] is 0, so nothing would be distilled; give one of "
+            f"{', '.join(kind.name for kind in KnowledgeConfig().kinds())} a weight, "
+            "or train on labels alone with --no-distill"
+        )
+    for kind in knowledge:
+        if kind.on == "auxiliary" and not train.auxiliary:
+            raise ConfigError(
+                f'knowledge.{kind.name}.on is "auxiliary", but train.auxiliary is 0, so it would never act; '
+                f'raise train.auxiliary, set on = "all", or knowledge.{kind.name}.weight = 0'
+            )
+
+
+def check_promise(spec: CacheSpec, knowledge: Sequence[Knowledge], where: str) -> None:
+    """Raises CacheMismatchError where a knowledge needs a bound on the coding error that the cache does not give.
 
     A bound at one temperature says nothing about another: what is next to nothing at T = 1 counts at T = 4. Where every
     sample is kept exactly there is nothing to count at any.
     """
-    for use in uses(loss):
-        target = spec.targets.get(use.target)
-        if target is None or use.temperature is None or "temperatures" not in target.parameters:
-            continue
-        if isinstance(target.coder, ExactDistribution):
-            continue
-        promised = target.parameters["temperatures"]
-        assert isinstance(promised, list | tuple)
-        if use.temperature not in promised:
-            raise CacheMismatchError(
-                f"loss.temperature is {use.temperature:g}, but {where} keeps its bound of {target.bound:g} nats at "
-                f"T = {', '.join(f'{t:g}' for t in promised)} only; write it again with {use.temperature:g} among "
-                "cache.temperatures, or set loss.allow_unpromised = true"
-            )
+    override = "or set loss.allow_unpromised = true"
+    for kind in knowledge:
+        for need in kind.needs():
+            target = spec.targets.get(need.target)
+            # The stream refuses a cache without the target; one that is not of distributions has no temperature.
+            if target is None or isinstance(target.coder, ExactDistribution):
+                continue
+            if need.exact is not None:
+                raise CacheMismatchError(
+                    f"knowledge.{kind.name} {need.exact}: {where} is bounded at {target.bound:g} nats; "
+                    f'write it again with cache.profile = "exact", {override}'
+                )
+            promised = target.parameters.get("temperatures")
+            missing = [] if promised is None else [t for t in need.temperatures if t not in promised]
+            if promised is not None and missing:
+                raise CacheMismatchError(
+                    f"knowledge.{kind.name} reads distributions at T = {missing[0]:g}, but {where} keeps its bound of "
+                    f"{target.bound:g} nats at T = {', '.join(f'{t:g}' for t in promised)} only; "
+                    f"write it again with {missing[0]:g} among cache.temperatures, {override}"
+                )
 
 
 def _check_teacher(cache: CacheReader, teacher: NetworkConfig) -> None:

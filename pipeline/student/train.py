@@ -86,7 +86,7 @@ def train(
         trainer = Trainer(
             network,
             config,
-            inputs.loss,
+            inputs.objective,
             device=device,
             cache=inputs.cache,
             class_weights=inputs.class_weights,

@@ -6,7 +6,6 @@ Shapes: N crops of H,W pixels; logits N,C,h,w on the student's grid.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from segkd.pipeline.student.batch_norm import BatchNorms
 from segkd.pipeline.student.checkpoint import EMA, MODEL, load_weights, part
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.ema import Ema
-from segkd.pipeline.student.losses import LossConfig, needed_targets, total_loss
+from segkd.pipeline.student.losses import Objective, loss_terms, total_loss
 from segkd.pipeline.student.optim import make_optimiser, set_learning_rate
 from segkd.storage import geometry
 from segkd.storage.errors import NetworkError, NonFiniteError
@@ -28,7 +27,6 @@ from segkd.storage.reader import CacheReader
 DIVERGED = 'lower train.learning_rate, set train.clip or a longer train.warmup, or train.amp = "off"'
 """What to do about numbers that are not finite."""
 OPTIMISER, RNG = "optimiser.", "rng."
-TERMS = ("cross_entropy", "zero_order", "first_order")
 
 
 class Trainer:
@@ -38,17 +36,16 @@ class Trainer:
         self,
         network: Network,
         config: TrainConfig,
-        loss: LossConfig,
+        objective: Objective,
         *,
         device: torch.device,
         cache: CacheReader | None = None,
         class_weights: Tensor | None = None,
     ) -> None:
         self.network = network.to(device).train()
-        self.config, self.loss, self.device = config, loss, device
+        self.config, self.objective, self.device = config, objective, device
         self._batch_norms = BatchNorms(network, config.batch_norm)
         self._cache = cache
-        self._targets = needed_targets(loss)
         self._class_weights = None if class_weights is None else class_weights.to(device)
         self._optimiser = make_optimiser(network, config)
         # Groups order parameters in their own way; this is the order in which torch numbers their states.
@@ -76,13 +73,14 @@ class Trainer:
         student = self.network.grid.mapping_in((height, width), (fed[0], fed[1]))
         logits_NChw = self._forward(batch.images_N3HW, labelled)
         decoded = self._decode(batch)
-        loss, terms = total_loss(logits_NChw, student, batch, decoded, self.loss, self._class_weights)
+        objective = self.objective.at(step, self.config.steps)
+        loss, terms = total_loss(logits_NChw, student, batch, decoded, objective, self._class_weights)
         norm = self._backward(loss)
         self._require_finite(step, loss, norm, terms)
         # An fp16 step that overflowed is skipped, and has no norm that JSON could hold.
         gradient = {"total": norm.item() if norm.isfinite() else None}
         if measure:
-            gradient |= self._term_gradients(logits_NChw, student, batch, decoded)
+            gradient |= self._term_gradients(logits_NChw, student, batch, decoded, objective)
         self._scaler.step(self._optimiser)
         self._scaler.update()
         if self._ema is not None:
@@ -109,7 +107,7 @@ class Trainer:
         if batch.sources is None or self._cache is None:
             return {}
         codes, rungs = batch.sources.codes, batch.sources.rungs
-        return {name: self._cache.decode(name, codes[name], rungs[name]) for name in self._targets}
+        return {name: self._cache.decode(name, codes[name], rungs[name]) for name in self.objective.targets}
 
     def _backward(self, loss: Tensor) -> Tensor:
         """Gradients, clipped; returns their norm before clipping."""
@@ -133,17 +131,20 @@ class Trainer:
             )
 
     def _term_gradients(
-        self, logits_NChw: Tensor, student: geometry.Mapping, batch: Batch, decoded: Mapping[str, Tensor]
+        self,
+        logits_NChw: Tensor,
+        student: geometry.Mapping,
+        batch: Batch,
+        decoded: Mapping[str, Tensor],
+        objective: Objective,
     ) -> dict[str, float]:
         """At the logits, because a backward pass through the network for each term would cost as much as the step."""
+        leaf_NChw = logits_NChw.detach().float().requires_grad_()
+        terms = loss_terms(leaf_NChw, student, batch, decoded, objective, self._class_weights)
         norms = {}
-        for term in TERMS:
-            if getattr(self.loss, term):
-                leaf_NChw = logits_NChw.detach().float().requires_grad_()
-                alone = _alone(self.loss, term)
-                loss, _ = total_loss(leaf_NChw, student, batch, decoded, alone, self._class_weights)
-                (gradient_NChw,) = torch.autograd.grad(loss, leaf_NChw)
-                norms[term] = gradient_NChw.norm().item()
+        for name, weight in objective.weights.items():
+            (gradient_NChw,) = torch.autograd.grad(weight * terms[name], leaf_NChw, retain_graph=True)
+            norms[name] = gradient_NChw.norm().item()
         return norms
 
     def tensors(self) -> dict[str, Tensor]:
@@ -183,9 +184,3 @@ class Trainer:
         torch.set_rng_state(tensors[f"{RNG}cpu"])
         if self.device.type == "cuda" and f"{RNG}cuda" in tensors:
             torch.cuda.set_rng_state(tensors[f"{RNG}cuda"], self.device)
-
-
-def _alone(loss: LossConfig, term: str) -> LossConfig:
-    """The loss with this term alone."""
-    weights = {other: getattr(loss, other) if other == term else 0.0 for other in TERMS}
-    return replace(loss, **weights)  # type: ignore[arg-type]  # mypy checks every field against a ** argument

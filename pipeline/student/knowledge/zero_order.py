@@ -1,0 +1,50 @@
+"""Zero-order knowledge: the teacher's class distribution in each cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from segkd.pipeline.evidence import Row
+from segkd.pipeline.student.knowledge.base import Cells, Knowledge, Need
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroOrder(Knowledge):
+    """The teacher's class distribution in each cell (pixel-wise distillation); with form "kl" and a temperature above
+    1 this is Hinton's knowledge distillation (2015).
+
+    Mean over the valid cells of a crop.
+    """
+
+    name: ClassVar[str] = "zero_order"
+    evidence: ClassVar[Mapping[str, Row | None]] = {
+        "form=kl": Row("demo.md", "student, distilled"),
+        "form=squared": None,
+        "temperature": None,
+    }
+
+    weight: float = 1.0
+    """Weight of the term; 0 = off."""
+    form: Literal["kl", "squared"] = "kl"
+    """``kl``: T^2 KL(teacher || student); ``squared``: squared difference of probabilities. Summed over classes."""
+    temperature: float = 1.0
+    """T: what is compared is softmax(logits / T)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_temperature(self.temperature)
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Need(target="soft", temperatures=(self.temperature,)),)
+
+    def crop_values(self, logits_SChw: Tensor, teacher: Mapping[str, Tensor], cells: Cells) -> Tensor:
+        teacher_SChw = (teacher["soft"] / self.temperature).softmax(1)
+        if self.form == "squared":
+            return cells.means(((logits_SChw / self.temperature).softmax(1) - teacher_SChw).square().sum(1))
+        student_SChw = (logits_SChw / self.temperature).log_softmax(1)
+        return self.temperature**2 * cells.means(F.kl_div(student_SChw, teacher_SChw, reduction="none").sum(1))

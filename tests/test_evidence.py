@@ -1,0 +1,84 @@
+"""What the settings say of their accuracy is what docs/results has."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pytest
+
+from segkd.cli.reference import accuracy, pages
+from segkd.pipeline.config import RunConfig
+from segkd.pipeline.evidence import Row, evidence_of
+from segkd.pipeline.settings import settings
+from segkd.pipeline.student.knowledge.config import KnowledgeConfig
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+STATED = {
+    kind: evidence
+    for kind in dict.fromkeys(setting.owner for setting in settings(RunConfig))
+    if (evidence := evidence_of(kind))
+}
+
+
+def rows(page: str) -> set[str]:
+    """The first cells of a page's tables."""
+    lines = (RESULTS / page).read_text(encoding="utf-8").splitlines()
+    return {line.split("|")[1].strip() for line in lines if line.startswith("|")}
+
+
+@pytest.mark.parametrize("kind", STATED, ids=lambda kind: kind.__name__)
+def test_evidence_is_of_a_setting_and_its_row_exists(kind: type) -> None:
+    hints = typing.get_type_hints(kind)
+    for key, row in STATED[kind].items():
+        name, _, value = key.partition("=")
+        assert not name or name in {field.name for field in dataclasses.fields(kind)}, key
+        assert not value or value in typing.get_args(hints[name]), key
+        if row is not None:
+            assert row.row in rows(row.page), key
+
+
+def test_rows_are_told_from_what_is_no_row() -> None:
+    assert "student, distilled" in rows("demo.md")
+    assert "student, reborn" not in rows("demo.md")
+
+
+@pytest.mark.parametrize("kind", KnowledgeConfig().kinds(), ids=lambda kind: kind.name)
+def test_every_kind_of_knowledge_states_its_evidence(kind: object) -> None:
+    """As a whole, or each of its forms."""
+    evidence = evidence_of(type(kind))
+    hints = typing.get_type_hints(type(kind))
+    forms = {f"form={value}" for value in typing.get_args(hints.get("form"))}
+    assert "" in evidence or (forms and forms <= evidence.keys())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Base:
+    evidence: ClassVar[dict[str, Row | None]] = {"": None, "rate": None}
+    rate: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example(Base):
+    evidence: ClassVar[dict[str, Row | None]] = {"form=a": Row("page.md", "the row"), "form=b": None}
+    form: Literal["a", "b"] = "a"
+    other: int = 0
+
+
+def test_sentences() -> None:
+    assert accuracy(Example) == ["Accuracy not measured."]
+    assert accuracy(Example, "rate") == ["Away from its default: accuracy not measured."]
+    assert accuracy(Example, "form") == [
+        "`a`: accuracy in [results/page.md](results/page.md), *the row*.",
+        "`b`: accuracy not measured.",
+    ]
+    assert accuracy(Example, "other") == []
+
+
+def test_the_page_says_so_of_every_option_without_a_row() -> None:
+    unmeasured = sum(row is None for evidence in STATED.values() for row in evidence.values())
+    assert unmeasured > 5
+    assert len(re.findall("accuracy not measured", pages()["configuration.md"], re.IGNORECASE)) == unmeasured
