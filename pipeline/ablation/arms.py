@@ -51,7 +51,6 @@ _FREE = (
     "train.batch_norm",
     "train.least_confidence",
     "train.most_entropy",
-    "data.root",
 )
 """What arms may differ in at matched compute: what they learn from, not how much of it or for how long."""
 
@@ -154,9 +153,7 @@ def effective(run: RunConfig) -> dict[str, Any]:
     """The settings that decide what training gives, by dotted key: not paths, not how fast it goes, nothing unused."""
     tables = to_dict(run)
     del tables["ablate"], tables["cache"], tables["teacher"], tables["data"], tables["student"]
-    tables["knowledge"] = {
-        kind.name: tables["knowledge"][kind.name] for kind in run.knowledge.kinds() if kind.weight
-    }
+    tables["knowledge"] = {kind.name: tables["knowledge"][kind.name] for kind in run.knowledge.kinds() if kind.weight}
     if not run.train.auxiliary:
         for table, key in (
             ("augment", "auxiliary_photometric"),

@@ -6,6 +6,7 @@ predicted, which is all that an mIoU needs of a confusion matrix and adds up ove
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def blocks_of(groups: Sequence[str], length: int) -> list[list[int]]:
     for positions in by_group.values():
         count = math.ceil(len(positions) / length)
         bounds = [len(positions) * k // count for k in range(count + 1)]
-        blocks += [positions[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+        blocks += [positions[low:high] for low, high in itertools.pairwise(bounds)]
     return blocks
 
 

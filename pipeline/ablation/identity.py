@@ -1,0 +1,121 @@
+"""What makes a run the same run on another machine: everything that decides its result, and no path.
+
+Two runs of one identity differ in rounding at most: device, threads and versions stand in their records instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from segkd.pipeline.ablation.arms import Arm, effective
+from segkd.pipeline.config import RunConfig
+from segkd.pipeline.data.sample import DataSource, Role, Sample, with_role
+from segkd.pipeline.models.references import described
+from segkd.pipeline.progress import SILENT, Progress
+from segkd.pipeline.teacher.fingerprints import code_of, content_of, portable
+from segkd.storage.differences import difference, leaves
+
+THREADS = 2
+"""Threads that read images and label maps."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the samples of a data set hold, by id."""
+
+    images: Mapping[str, str]
+    """Digest of the image."""
+    labels: Mapping[str, str]
+    """Digest of the label map's classes; of auxiliary samples none, for nobody looks at theirs."""
+
+    def of(self, source: DataSource, role: Role) -> str:
+        """SHA-256 of a role's samples: ids, which decide order and augmentation, images and labels."""
+        lines = (
+            f"{sample.id} {self.images[sample.id]} {self.labels.get(sample.id, '')}\n"
+            for sample in with_role(source, role)
+        )
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def read_contents(source: DataSource, progress: Progress = SILENT) -> Contents:
+    """Reads every image and label map once. Raises DataError."""
+
+    def read(sample: Sample) -> tuple[str, str | None]:
+        image = source.image_digest(sample).hex()
+        if sample.role is Role.AUXILIARY:
+            return image, None
+        labels = source.labels(sample)
+        return image, hashlib.sha256(f"{labels.shape}".encode() + labels.tobytes()).hexdigest()
+
+    images, labels = {}, {}
+    with (
+        progress.task("reading samples", len(source.samples)) as task,
+        ThreadPoolExecutor(THREADS) as executor,
+    ):
+        for sample, found in zip(source.samples, executor.map(read, source.samples), strict=True):
+            images[sample.id], label = found
+            if label is not None:
+                labels[sample.id] = label
+            task.advance()
+    return Contents(images, labels)
+
+
+def identity_of(
+    arm: Arm, run: RunConfig, source: DataSource, contents: Contents, fingerprints: Mapping[str, str]
+) -> dict[str, Any]:
+    """The identity of a run of an arm, JSON-ready. ``run``: the arm's, with its seed; ``fingerprints``: its cache's."""
+    student = described(run.the_student())
+    roles = [Role.TRAIN, *([Role.AUXILIARY] if run.train.auxiliary else []), Role.SELECT, Role.REPORT]
+    document = {
+        "distill": arm.distills,
+        "settings": effective(run),
+        "student": {
+            **portable(student),
+            "init": None if student.init is None else content_of(student.init),
+            "code": content_digest(code_of(student.reference)),
+        },
+        "data": {
+            "classes": content_digest(source.classes.names),
+            **{role: contents.of(source, role) for role in roles if with_role(source, role)},
+        },
+        "cache": dict(fingerprints) if arm.distills else {},
+    }
+    plain: dict[str, Any] = _finite(json.loads(json.dumps(document)))
+    return plain
+
+
+def content_digest(document: Any) -> str:
+    """SHA-256 of a JSON document."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def differences(held: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two identities differ in, for people."""
+    before, after = dict(leaves(held)), dict(leaves(now))
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) == after.get(key):
+            continue
+        if key.startswith("data."):
+            name = key.removeprefix("data.")
+            found.append("the classes" if name == "classes" else f"the samples of role {name}")
+        elif key.startswith("cache."):
+            found.append(f"the cache's {key.removeprefix('cache.')}")
+        elif key == "student.code":
+            found.append("the student's code")
+        else:
+            found.append(difference(key.removeprefix("settings."), before.get(key), after.get(key)))
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,232 @@
+"""``segkd ablate``: from a run file to arms x seeds, what of them is done, and their table."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from segkd.pipeline.ablation.arms import Arm, resolve_arms
+from segkd.pipeline.ablation.gains import Records, gains, rows
+from segkd.pipeline.ablation.identity import Contents, identity_of, read_contents
+from segkd.pipeline.ablation.ledger import Ledger, RunRecord
+from segkd.pipeline.ablation.longer import measure_longer
+from segkd.pipeline.ablation.processes import run_jobs
+from segkd.pipeline.ablation.table import Results
+from segkd.pipeline.ablation.worker import Job
+from segkd.pipeline.config import RunConfig
+from segkd.pipeline.data.readers import open_data
+from segkd.pipeline.data.sample import DataSource, Role, with_role
+from segkd.pipeline.progress import SILENT, Progress
+from segkd.pipeline.settings import to_dict
+from segkd.pipeline.student.checkpoint import write_atomically
+from segkd.pipeline.teacher.division import Share
+from segkd.storage.errors import ConfigError, ContaminationError, DataError
+from segkd.storage.reader import CacheReader
+
+logger = logging.getLogger("segkd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A sweep's runs, and which of them are done."""
+
+    run: RunConfig
+    output: Path
+    arms: Mapping[str, Arm]
+    jobs: tuple[Job, ...]
+    """All runs: every arm with the first seed, then with the second."""
+    records: Records
+    """Of those that are done."""
+    stamps: tuple[str, ...]
+    """What every table must say."""
+    unmeasured: bool
+    """Whether "alone-longer" is left out because its length is measured when the sweep begins."""
+
+    def state(self, job: Job) -> str:
+        """``done``, ``begun`` or ``pending``."""
+        if job.seed in self.records.get(job.arm, {}):
+            return "done"
+        return "begun" if (job.folder / "last.safetensors").exists() else "pending"
+
+    def listing(self) -> dict[str, Any]:
+        """The runs, for ``--print-plan``."""
+        return {
+            "arms": {
+                arm.name: {"set": list(arm.settings), "unmatched": list(arm.unmatched)} for arm in self.arms.values()
+            },
+            "runs": [
+                {"number": number, "arm": job.arm, "seed": job.seed, "state": self.state(job)}
+                for number, job in enumerate(self.jobs)
+            ],
+            "unmeasured": ["alone-longer"] if self.unmeasured else [],
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        lines = []
+        for arm in self.arms.values():
+            lines.append(f"{arm.name}: {' '.join(f'--set {text}' for text in arm.settings) or 'the run file as it is'}")
+            lines += [f"  not at matched compute: {what}" for what in arm.unmatched]
+        if self.unmeasured:
+            lines.append("alone-longer: how much longer is measured when the sweep begins")
+        lines += [f"{number:4}  {self.state(job):8}{job}" for number, job in enumerate(self.jobs)]
+        done = sum(self.state(job) == "done" for job in self.jobs)
+        return [*lines, f"{done} of {len(self.jobs)} runs are done"]
+
+
+def plan_sweep(run: RunConfig, output: str | Path, *, measure: bool = True, progress: Progress = SILENT) -> Sweep:
+    """The runs of a sweep. With ``measure``, what is settled once a sweep is settled if it is not yet.
+
+    Raises ConfigError for arms that the run file cannot make, ContaminationError where select and report share images,
+    RecordError for a record of another run, and what opening data and caches raises.
+    """
+    output = Path(output)
+    ledger = Ledger(run.ablate.ledger or output / "ledger")
+    opened = _Opened(progress)
+    stamps = _check_data(run, *opened.data(run))
+    resolve_arms(run, run.ablate.longer or None)
+    longer = _longer(run, ledger, measure)
+    arms = resolve_arms(run, longer)
+    jobs = []
+    for seed in run.ablate.seeds:
+        for arm in arms.values():
+            seeded = replace(arm.run, train=replace(arm.run.train, seed=seed))
+            jobs.append(
+                Job(
+                    arm=arm.name,
+                    seed=seed,
+                    run=seeded,
+                    distill=arm.distills,
+                    identity=opened.identity(arm, seeded, run),
+                    folder=output / arm.name / f"seed-{seed}",
+                    ledger=ledger.folder,
+                )
+            )
+    return Sweep(
+        run=run,
+        output=output,
+        arms=arms,
+        jobs=tuple(jobs),
+        records=_records(jobs),
+        stamps=stamps,
+        unmeasured=longer is None and _has_longer(run),
+    )
+
+
+def ablate(sweep: Sweep, *, processes: int = 1, share: Share | None = None, progress: Progress = SILENT) -> Results:
+    """Does what of a sweep is not done, or this task's share of it, and compares all that is done by then.
+
+    Writes ``table.md`` and ``results.json`` into the output folder. Raises KeyboardInterrupt with how to go on.
+    """
+    mine = [job for number, job in enumerate(sweep.jobs) if share is None or share.owns(number)]
+    left = [job for job in mine if sweep.state(job) != "done"]
+    if share is not None:
+        logger.info("%s (%s): %d of %d runs, %d to do", share, share.origin, len(mine), len(sweep.jobs), len(left))
+    failures = run_jobs(left, processes=processes, progress=progress, done=len(mine) - len(left))
+    # Whatever other tasks have done meanwhile counts too.
+    now = replace(sweep, records=_records(sweep.jobs))
+    results = Results(
+        rows=tuple(rows(now.arms, now.records, now.run.ablate)),
+        gains=tuple(gains(now.arms, now.records, now.run.ablate)),
+        records=tuple(record for of_arm in now.records.values() for record in of_arm.values()),
+        config=now.run.ablate,
+        stamps=now.stamps,
+        failures={str(job): why for job, why in failures.items()},
+        missing=tuple(str(job) for job in now.jobs if now.state(job) != "done"),
+    )
+    write_atomically(sweep.output / "results.json", (json.dumps(results.to_dict(), indent=1) + "\n").encode())
+    write_atomically(sweep.output / "table.md", (results.markdown() + "\n").encode())
+    return results
+
+
+def _records(jobs: Sequence[Job]) -> Records:
+    """What the ledger has of these runs. Raises RecordError for a record of another run."""
+    records: dict[str, dict[int, RunRecord]] = {}
+    for job in jobs:
+        record = Ledger(job.ledger).load(job.arm, job.seed, job.identity)
+        if record is not None:
+            records.setdefault(job.arm, {})[job.seed] = record
+    return records
+
+
+class _Opened:
+    """Data sets and caches of a sweep, each opened once."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._data: dict[str, tuple[DataSource, Contents]] = {}
+        self._fingerprints: dict[str, dict[str, str]] = {}
+
+    def data(self, run: RunConfig) -> tuple[DataSource, Contents]:
+        """The run's data set and what its samples hold."""
+        key = json.dumps(to_dict(run.data), sort_keys=True)
+        if key not in self._data:
+            source = open_data(run.data)
+            self._data[key] = source, read_contents(source, self._progress)
+        return self._data[key]
+
+    def identity(self, arm: Arm, run: RunConfig, base: RunConfig) -> dict[str, Any]:
+        """Raises ConfigError for an arm that reports on other samples than the run file."""
+        path = run.cache.path
+        if arm.distills and path not in self._fingerprints:
+            self._fingerprints[path] = dict(CacheReader(path).spec.fingerprints)
+        source, contents = self.data(run)
+        base_source, base_contents = self.data(base)
+        if contents.of(source, Role.REPORT) != base_contents.of(base_source, Role.REPORT):
+            raise ConfigError(
+                f"arm {arm.name} reports on other samples than the run file, so nothing compares with it; "
+                "leave role report as it is"
+            )
+        return identity_of(arm, run, source, contents, self._fingerprints.get(path, {}))
+
+
+def _has_longer(run: RunConfig) -> bool:
+    own = (arm.like for arm in run.ablate.arms.values())
+    return "alone-longer" in (*run.ablate.ladder, *own)
+
+
+def _longer(run: RunConfig, ledger: Ledger, measure: bool) -> float | None:
+    """The factor of "alone-longer": as set, or as settled, or as it is measured now; None without any."""
+    if not _has_longer(run):
+        return None
+    fixed, settled = run.ablate.longer, ledger.settled()
+    if settled is not None and fixed and settled["longer"] != fixed:
+        raise ConfigError(
+            f"ablate.longer is {fixed:g}, but {ledger.plan} has settled on {settled['longer']:g}; "
+            "leave it out, or name another folder in ablate.ledger"
+        )
+    if settled is None and fixed:
+        return fixed
+    if settled is None and measure:
+        settled = ledger.settle(measure_longer(run))
+    return None if settled is None else float(settled["longer"])
+
+
+def _check_data(run: RunConfig, source: DataSource, contents: Contents) -> tuple[str, ...]:
+    """What tables must say of the data. Raises DataError without samples to report, ContaminationError."""
+    report = with_role(source, Role.REPORT)
+    if not report:
+        raise DataError("the data have no sample of role report, so there is nothing to compare arms on; give it some")
+    reported = {contents.images[sample.id]: sample for sample in report}
+    shared = [
+        (sample, reported[contents.images[sample.id]])
+        for sample in with_role(source, Role.SELECT)
+        if contents.images[sample.id] in reported
+    ]
+    if not shared:
+        return ()
+    if not run.ablate.allow_shared_select:
+        selected, scored = shared[0]
+        raise ContaminationError(
+            f"role select and role report share {len(shared)} images, the first {selected.id!r} and {scored.id!r}: "
+            "what is chosen on report is no result on report; remove them from one of the roles, or set "
+            "ablate.allow_shared_select = true, and every table will say so"
+        )
+    return (
+        f"Role select and role report share {len(shared)} of {len(report)} images: "
+        "what was chosen was chosen on what is reported.",
+    )
