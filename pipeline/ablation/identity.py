@@ -72,7 +72,7 @@ def identity_of(
     """The identity of a run of an arm, JSON-ready. ``run``: the arm's, with its seed; ``fingerprints``: its cache's."""
     student = described(run.the_student())
     roles = [Role.TRAIN, *([Role.AUXILIARY] if run.train.auxiliary else []), Role.SELECT, Role.REPORT]
-    document = {
+    document: dict[str, Any] = {
         "distill": arm.distills,
         "settings": effective(run),
         "student": {
@@ -82,7 +82,7 @@ def identity_of(
         },
         "data": {
             "classes": content_digest(source.classes.names),
-            **{role: contents.of(source, role) for role in roles if with_role(source, role)},
+            **{str(role): contents.of(source, role) for role in roles if with_role(source, role)},
         },
         "cache": dict(fingerprints) if arm.distills else {},
     }

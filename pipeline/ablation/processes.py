@@ -33,7 +33,9 @@ def run_jobs(jobs: Sequence[Job], *, processes: int, progress: Progress, done: i
         while running or (waiting and stop.signal is None):
             while waiting and len(running) < processes and stop.signal is None:
                 job = waiting.pop()
-                process = context.Process(target=perform_in_process, args=(job, logger.getEffectiveLevel()))
+                process: BaseProcess = context.Process(
+                    target=perform_in_process, args=(job, logger.getEffectiveLevel())
+                )
                 process.start()
                 running[process] = job
                 logger.info("%s: begun; its log is %s", job, job.log)

@@ -113,8 +113,8 @@ class Results:
         return (
             "Differences are paired by seed. Over seeds: Student's t. Over images: a bootstrap of "
             f"{len(blocks)} blocks of up to {self.config.block} consecutive frames, {self.config.resamples:,} "
-            f"resamples, seeds averaged. equal: the interval lies within ±{self.config.margin:g}; gain, loss: it leaves "
-            "0 out; else undecided."
+            f"resamples, seeds averaged. equal: the interval lies within ±{self.config.margin:g}; gain, loss: it "
+            "leaves 0 out; else undecided."
         )
 
     def _conditions(self) -> dict[str, list[str]]:
