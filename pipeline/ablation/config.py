@@ -81,10 +81,11 @@ class AblateConfig:
                     f"ablate.arms has an arm {name!r}; its name is made of letters, digits, - and _, "
                     "and is not that of a built-in arm"
                 )
-        for name, low, high in (("longer", 0.0, math.inf), ("margin", 0.0, math.inf), ("label_smoothing", 0.0, 1.0)):
+        for name, most in (("longer", math.inf), ("margin", math.inf), ("label_smoothing", 1.0)):
             value = getattr(self, name)
-            if not (low <= value <= high and math.isfinite(value)):
-                raise ConfigError(f"ablate.{name} is {value}; expected {low:g} to {high:g}")
+            if not (0 <= value <= most and math.isfinite(value)):
+                expected = "0 or more" if most == math.inf else f"0 to {most:g}"
+                raise ConfigError(f"ablate.{name} is {value}; expected {expected}")
         for name, least in (("block", 1), ("resamples", 100)):
             if getattr(self, name) < least:
                 raise ConfigError(f"ablate.{name} is {getattr(self, name)}; it must be at least {least}")
