@@ -42,9 +42,7 @@ class AblateConfig:
     ladder: tuple[BuiltIn, ...] = LADDER
     """The built-in arms to train, see docs/ablation.md."""
     arms: dict[str, ArmConfig] = field(default_factory=dict)
-    """Arms of one's own by name, a table each: ``[ablate.arms.first-30]`` with ``like``, the built-in arm that it
-    changes (without it: "auxiliary-zero-first"), and ``set``, what it changes, as ``--set`` takes it:
-    ``set = ["knowledge.first_order.weight=30"]``."""
+    """Arms of one's own by name, a table each, such as ``[ablate.arms.first-30]``."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Every arm is trained once with each of these for train.seed."""
     longer: float = 0.0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +10,7 @@ import numpy as np
 from segkd.pipeline.ablation.arms import Arm
 from segkd.pipeline.ablation.config import AblateConfig
 from segkd.pipeline.ablation.ledger import RunRecord
-from segkd.pipeline.ablation.statistics import Interval, Mean, Verdict, bootstrap, mean_of, paired_t, tallies
+from segkd.pipeline.ablation.statistics import Floats, Interval, Mean, Verdict, bootstrap, mean_of, paired_t, tallies
 
 Records = Mapping[str, Mapping[int, RunRecord]]
 """By arm and seed."""
@@ -92,7 +90,13 @@ def rows(arms: Mapping[str, Arm], records: Records, config: AblateConfig) -> lis
 def gains(arms: Mapping[str, Arm], records: Records, config: AblateConfig) -> list[Gain]:
     """The gains of the pairs of which both arms have a seed in common, an own arm's over its ``like`` last."""
     own = [(arm.name, arm.like, "its own settings") for arm in arms.values() if arm.like is not None]
-    found = (_gain(pair, arms, records, config) for pair in (*PAIRS, *own))
+    pairs = [pair for pair in (*PAIRS, *own) if pair[0] in arms and pair[1] in arms]
+    # Once a record, not once a pair: a data set of many classes has large matrices.
+    tallied = {
+        arm: {seed: tallies(record.images.counts()) for seed, record in records.get(arm, {}).items()}
+        for arm in {arm for later, earlier, _ in pairs for arm in (later, earlier)}
+    }
+    found = (_gain(pair, arms, records, tallied, config) for pair in pairs)
     return [gain for gain in found if gain is not None]
 
 
@@ -130,16 +134,20 @@ def _gap_closed(arm: str, records: Records, upper: str) -> float | None:
     three = [records.get(name, {}) for name in (arm, "alone", upper)]
     seeds = set.intersection(*map(set, three))
     scores = [[runs[seed].report["miou"] for seed in sorted(seeds)] for runs in three]
-    if not seeds or None in functools.reduce(operator.iadd, scores, []):
+    if not seeds or any(None in of_arm for of_arm in scores):
         return None
     reached, alone, most = map(float, np.mean(scores, 1))
     return (reached - alone) / (most - alone) if most > alone else None
 
 
-def _gain(pair: tuple[str, str, str], arms: Mapping[str, Arm], records: Records, config: AblateConfig) -> Gain | None:
+def _gain(
+    pair: tuple[str, str, str],
+    arms: Mapping[str, Arm],
+    records: Records,
+    tallied: Mapping[str, Mapping[int, Floats]],
+    config: AblateConfig,
+) -> Gain | None:
     later, earlier, what = pair
-    if later not in arms or earlier not in arms:
-        return None
     seeds = sorted(records.get(later, {}).keys() & records.get(earlier, {}).keys())
     both = [(records[later][seed], records[earlier][seed]) for seed in seeds]
     scores = [(after.report["miou"], before.report["miou"]) for after, before in both]
@@ -148,8 +156,8 @@ def _gain(pair: tuple[str, str, str], arms: Mapping[str, Arm], records: Records,
     differences = [after - before for after, before in scores]
     over_seeds = paired_t(differences)
     over_images = bootstrap(
-        [tallies(after.images.counts()) for after, _ in both],
-        [tallies(before.images.counts()) for _, before in both],
+        [tallied[later][seed] for seed in seeds],
+        [tallied[earlier][seed] for seed in seeds],
         both[0][0].images.groups,
         block=config.block,
         resamples=config.resamples,
