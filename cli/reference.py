@@ -115,14 +115,13 @@ def accuracy(kind: type, name: str = "") -> list[str]:
     evidence = evidence_of(kind)
     sentences = []
     if name in evidence:
-        opening = "Away from its default: accuracy" if name else "Accuracy"
-        sentences.append(f"{opening} {_figures(evidence[name])}.")
+        sentences.append(f"Accuracy{_figures(evidence[name])}.")
     values = {key.partition("=")[2]: row for key, row in evidence.items() if name and key.startswith(f"{name}=")}
-    return sentences + [f"`{value}`: accuracy {_figures(row)}." for value, row in values.items()]
+    return sentences + [f"Accuracy of `{value}`{_figures(row)}." for value, row in values.items()]
 
 
 def _figures(row: Row | None) -> str:
-    return "not measured" if row is None else f"in [results/{row.page}](results/{row.page}), *{row.row}*"
+    return " not measured" if row is None else f": [results/{row.page}](results/{row.page}), *{row.row}*"
 
 
 def _type_text(hint: Any) -> str:

@@ -7,6 +7,7 @@ that measured it, or None. The reference pages say "accuracy not measured" of wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -18,6 +19,9 @@ class Row:
     """The page's file name."""
     row: str
     """The row's first cell."""
+
+
+Evidence = Mapping[str, Row | None]
 
 
 def evidence_of(settings: type) -> dict[str, Row | None]:

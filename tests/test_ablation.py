@@ -92,7 +92,7 @@ def test_a_pair_differs_in_one_thing(run: Path, later: str, earlier: str, what: 
 
 
 def test_what_the_built_in_arms_are(run: Path) -> None:
-    arms = resolve_arms(read(run, "knowledge.zero_order.weight=3", "knowledge.zero_order.schedule.rise=0.5"), 2.5)
+    arms = resolve_arms(read(run, "knowledge.zero_order.weight=3", "knowledge.zero_order.schedule='rise'"), 2.5)
     assert tuple(arms) == LADDER
     for name, arm in arms.items():
         share = (3, 5) if name in AUXILIARY else (8, 0)
@@ -463,7 +463,25 @@ def test_select_and_report_that_share_images_are_refused_or_stamped(cached: Path
     sweep = plan_sweep(read(run, allowed, "ablate.longer=2"), tmp_path / "out")
     assert sweep.stamps == (
         "Role select and role report share 1 of 2 images: what was chosen was chosen on what is reported.",
+        "Which labels were learned before is not known: the teacher is no checkpoint that is here.",
     )
+
+
+def test_a_teacher_that_has_learned_labels_of_auxiliary_images_is_refused(done: Path) -> None:
+    checkpoint = done.parent / "student" / "last.safetensors"
+    teacher = f"teacher.reference='{checkpoint}'"
+    swapped = ["data.folders={train=['b'], auxiliary=['a'], select=['c'], report=['d']}"]
+    assert message(ContaminationError, done, teacher, *swapped) == (
+        f"{checkpoint} was trained on the labels of 2 auxiliary samples of these data, the first sample 'a/0' "
+        f"(auxiliary, {done.parent / 'images/a/0.png'}), as 'a/0': gains with this teacher prove nothing; "
+        "train one on the samples of role train alone"
+    )
+    # Neither teacher nor student may begin with what it must not know.
+    labels_alone = ["ablate.ladder=['alone']", *swapped]
+    assert plan_sweep(read(done, teacher, *labels_alone), done.parent / "out").stamps == ()
+    begun = message(ContaminationError, done, f"student.init='{checkpoint}'", *labels_alone)
+    assert begun.startswith(f"{checkpoint} was trained on the labels of 2 auxiliary samples of these data")
+    assert plan_sweep(read(done, teacher, "ablate.longer=2"), done.parent / "out").stamps == ()
 
 
 def test_a_sweep_needs_samples_to_report_on(cached: Path) -> None:

@@ -29,6 +29,7 @@ from segkd.pipeline.student.checkpoint import (
     part,
     save,
 )
+from segkd.pipeline.student.seen import Seen
 from segkd.storage.errors import CheckpointError
 
 CLASSES = Classes(names=("sky", "road"), palette=((0, 0, 255), (128, 64, 128)))
@@ -45,7 +46,7 @@ def describe(**changes: Any) -> Description:
         validated=5,
         best=Best(step=5, scores={"miou": 12.5, "per_class": {"sky": None, "road": 25.0}}),
         run={"train": {"steps": 10, "class_weights": None}},
-        samples="0" * 64,
+        samples=Seen(contaminated=0),
     )
     return replace(base, **changes)
 

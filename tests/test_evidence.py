@@ -12,7 +12,7 @@ import pytest
 
 from segkd.cli.reference import accuracy, pages
 from segkd.pipeline.config import RunConfig
-from segkd.pipeline.evidence import Row, evidence_of
+from segkd.pipeline.evidence import Evidence, Row, evidence_of
 from segkd.pipeline.settings import settings
 from segkd.pipeline.student.knowledge.config import KnowledgeConfig
 
@@ -57,23 +57,23 @@ def test_every_kind_of_knowledge_states_its_evidence(kind: object) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Base:
-    evidence: ClassVar[dict[str, Row | None]] = {"": None, "rate": None}
+    evidence: ClassVar[Evidence] = {"": None, "rate": None}
     rate: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example(Base):
-    evidence: ClassVar[dict[str, Row | None]] = {"form=a": Row("page.md", "the row"), "form=b": None}
+    evidence: ClassVar[Evidence] = {"form=a": Row("page.md", "the row"), "form=b": None}
     form: Literal["a", "b"] = "a"
     other: int = 0
 
 
 def test_sentences() -> None:
     assert accuracy(Example) == ["Accuracy not measured."]
-    assert accuracy(Example, "rate") == ["Away from its default: accuracy not measured."]
+    assert accuracy(Example, "rate") == ["Accuracy not measured."]
     assert accuracy(Example, "form") == [
-        "`a`: accuracy in [results/page.md](results/page.md), *the row*.",
-        "`b`: accuracy not measured.",
+        "Accuracy of `a`: [results/page.md](results/page.md), *the row*.",
+        "Accuracy of `b` not measured.",
     ]
     assert accuracy(Example, "other") == []
 
@@ -81,4 +81,4 @@ def test_sentences() -> None:
 def test_the_page_says_so_of_every_option_without_a_row() -> None:
     unmeasured = sum(row is None for evidence in STATED.values() for row in evidence.values())
     assert unmeasured > 5
-    assert len(re.findall("accuracy not measured", pages()["configuration.md"], re.IGNORECASE)) == unmeasured
+    assert len(re.findall(r"Accuracy (of `\w+` )?not measured\.", pages()["configuration.md"])) == unmeasured

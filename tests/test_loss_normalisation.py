@@ -36,7 +36,7 @@ KNOWLEDGE = {
         "first-order": FirstOrder(),
         "DIST": Dist(),
         "channel-wise": ChannelWise(),
-        "pseudo-labels": PseudoLabels(form="confidence", least_confidence=0.5),
+        "pseudo-labels": PseudoLabels(form="confidence"),
     }.items()
 }
 LABELS = Objective()

@@ -23,7 +23,6 @@ from segkd.pipeline.student.knowledge.channel_wise import ChannelWise
 from segkd.pipeline.student.knowledge.dist import Dist
 from segkd.pipeline.student.knowledge.first_order import FirstOrder
 from segkd.pipeline.student.knowledge.pseudo_labels import PseudoLabels
-from segkd.pipeline.student.knowledge.schedule import Schedule
 from segkd.pipeline.student.knowledge.zero_order import ZeroOrder
 from segkd.pipeline.student.losses import LossConfig, Objective, loss_terms, total_loss
 from segkd.storage.errors import ConfigError
@@ -247,7 +246,7 @@ def test_needed_targets() -> None:
 def test_a_schedule_acts_on_the_weight_and_on_nothing_else() -> None:
     """Falling by a quarter of the weight a step, over all of four steps; terms are logged without their weight."""
     logits, batch, decoded = example()
-    falling = Objective(loss=NO_LABELS, knowledge=(ZeroOrder(weight=8.0, schedule=Schedule(fall=1.0)),))
+    falling = Objective(loss=NO_LABELS, knowledge=(ZeroOrder(weight=8.0, schedule="fall"),))
     whole, terms = total_loss(logits, STUDENT, batch, decoded, falling)
     for step in range(4):
         loss, same = total_loss(logits, STUDENT, batch, decoded, falling.at(step, 4))

@@ -17,6 +17,7 @@ from segkd.pipeline.data.sample import Classes
 from segkd.pipeline.models.network import Grid, NetworkConfig, Preprocessing
 from segkd.pipeline.models.references import BUILT_IN, described, load_network
 from segkd.pipeline.student import checkpoint
+from segkd.pipeline.student.seen import Seen
 from segkd.storage.errors import ConfigError, NetworkError
 
 TEACHER = Path(__file__).parents[1] / "../shared/teachers/camvid_teacher.py"
@@ -307,7 +308,7 @@ def test_a_checkpoint_is_a_reference_that_describes_itself(tmp_path: Path) -> No
         validated=0,
         best=None,
         run={},
-        samples="",
+        samples=Seen(),
     )
     checkpoint.save(path, description, {f"model.{key}": value for key, value in network.state_dict().items()})
     complete = described(NetworkConfig(reference=str(path)))

@@ -37,9 +37,12 @@ from segkd.pipeline.student.checkpoint import network_from_checkpoint
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.inputs import open_inputs
 from segkd.pipeline.student.knowledge.base import Knowledge
+from segkd.pipeline.student.knowledge.channel_wise import ChannelWise
 from segkd.pipeline.student.knowledge.config import KnowledgeConfig
+from segkd.pipeline.student.knowledge.dist import Dist
 from segkd.pipeline.student.knowledge.first_order import FirstOrder
 from segkd.pipeline.student.knowledge.pseudo_labels import PseudoLabels
+from segkd.pipeline.student.knowledge.zero_order import ZeroOrder
 from segkd.pipeline.student.losses import LossConfig
 from segkd.pipeline.student.runtime import torch_settings
 from segkd.pipeline.student.train import TrainingStopped, train
@@ -394,7 +397,9 @@ def test_resuming_with_other_samples_is_refused(labels_only: RunConfig, tmp_path
     train(run, tmp_path / "out", distill=False, resume=True)  # The same samples elsewhere are the same.
     for kind in ("images", "labels"):
         (tmp_path / "data" / kind / "train" / "train0.png").unlink()
-    with pytest.raises(CheckpointError, match="differs in the list of samples; resume it as it was begun"):
+    with pytest.raises(
+        CheckpointError, match=r"differs in the samples \(their lists, or what their images show\); resume"
+    ):
         train(run, tmp_path / "out", distill=False, resume=True)
 
 
@@ -763,3 +768,31 @@ def test_damaged_samples_are_skipped_when_asked_and_told_of_once(
     assert all(math.isfinite(line["loss"]) for line in steps)
     again = train(skipping, tmp_path / "out", resume=True)
     assert again["damaged"] == summary["damaged"]
+
+
+def test_every_kind_of_knowledge_trains_on_its_schedule_and_resumes(run: RunConfig, tmp_path: Path) -> None:
+    """Resumed in the middle of a rise, a run is as if nothing had happened; gradients are logged with the weight."""
+    kinds: tuple[Knowledge, ...] = (
+        ZeroOrder(schedule="fall"),
+        FirstOrder(weight=10.0),
+        Dist(weight=1.0),
+        ChannelWise(weight=0.5, on="auxiliary"),
+        PseudoLabels(weight=0.5, form="confidence", schedule="rise"),
+    )
+    exact = replace(run.cache, path=str(tmp_path / "cache.zarr"), profile="exact")
+    run = replace(change(run, steps=6), cache=exact, knowledge=knowledge_of(*kinds))
+    teacher_cache(run)
+    train(run, tmp_path / "whole")
+    logged = [record for record in records(tmp_path / "whole") if "loss" in record]
+    names = ["cross_entropy", *(kind.name for kind in kinds)]
+    for step, record in enumerate(logged):
+        weights = [1.0, (6 - step) / 6, 10.0, 1.0, 0.5, 0.5 * (step + 1) / 6]
+        expected = sum(weight * record[name] for weight, name in zip(weights, names, strict=True))
+        assert record["loss"] == pytest.approx(expected, rel=1e-5)
+        assert list(record["gradient"]) == ["total", *names]
+        assert min(record["gradient"].values()) > 0
+    with pytest.raises(TrainingStopped):
+        train(run, tmp_path / "stopped", progress=SignalAt("train", 3, signal.SIGTERM))  # type: ignore[arg-type]
+    train(run, tmp_path / "stopped", resume=True)
+    assert untimed(tmp_path / "whole") == untimed(tmp_path / "stopped")
+    assert_same_tensors(tmp_path / "whole" / "last.safetensors", tmp_path / "stopped" / "last.safetensors")

@@ -38,8 +38,7 @@ def test_each_kind_declares_what_it_reads() -> None:
     assert FirstOrder().needs() == (Need(target="first_order"),)
     assert FirstOrder(form="logits").needs() == (Need(target="first_order_logits"),)
     assert PseudoLabels().needs() == (Need(target="soft"),)
-    for unsure in (PseudoLabels(form="confidence"), PseudoLabels(least_confidence=0.1)):
-        assert unsure.needs() == (Need(target="soft", temperatures=(1.0,)),)
+    assert PseudoLabels(form="confidence").needs() == (Need(target="soft", temperatures=(1.0,)),)
     (need,) = ChannelWise().needs()
     assert need.exact
 
@@ -65,7 +64,7 @@ def test_the_argmax_is_kept_whatever_is_promised(promised: CacheSpec) -> None:
     spec = replace(promised, targets={**promised.targets, "soft": warm})
     check_promise(spec, (PseudoLabels(),), "cache.zarr")
     with pytest.raises(CacheMismatchError, match=r"knowledge\.pseudo_labels reads distributions at T = 1, but"):
-        check_promise(spec, (PseudoLabels(least_confidence=0.5),), "cache.zarr")
+        check_promise(spec, (PseudoLabels(form="confidence"),), "cache.zarr")
 
 
 def test_codes_do_not_do_for_channel_wise(promised: CacheSpec) -> None:

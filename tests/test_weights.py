@@ -16,6 +16,7 @@ from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.models.references import load_network
 from segkd.pipeline.models.weights import Mismatch, warm_start
 from segkd.pipeline.student import checkpoint
+from segkd.pipeline.student.seen import Seen
 from segkd.storage.errors import NetworkError
 
 MOBILENET_V2 = Path(__file__).parents[1] / "../shared/weights/mobilenet_v2-b0353104.pth"
@@ -76,7 +77,7 @@ class TestWarmStart:
             validated=0,
             best=None,
             run={},
-            samples="",
+            samples=Seen(),
         )
         checkpoint.save(tmp_path / "last.safetensors", description, tensors)
         assert len(warm_start(network, tmp_path / "last.safetensors").taken) == len(state)

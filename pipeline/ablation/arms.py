@@ -137,10 +137,8 @@ def _knowledge(name: BuiltIn, run: RunConfig, kept: Collection[str]) -> Iterator
         # The teacher's argmax instead of its distribution, and nothing else: as heavy, on the same crops.
         yield f"knowledge.pseudo_labels.weight={zero.weight!r}"
         yield f"knowledge.pseudo_labels.on={json.dumps(zero.on)}"
-        for key, value in to_dict(zero.schedule).items():
-            yield f"knowledge.pseudo_labels.schedule.{key}={value!r}"
+        yield f"knowledge.pseudo_labels.schedule={json.dumps(zero.schedule)}"
         yield 'knowledge.pseudo_labels.form="hard"'
-        yield "knowledge.pseudo_labels.least_confidence=0.0"
 
 
 def _lacks(name: str, key: str) -> ConfigError:

@@ -15,6 +15,7 @@ from typing import Any
 
 from segkd.pipeline.ablation.arms import Arm, effective
 from segkd.pipeline.config import RunConfig
+from segkd.pipeline.data.contents import Content, read_contents
 from segkd.pipeline.data.sample import DataSource, Role, Sample, with_role
 from segkd.pipeline.models.references import described
 from segkd.pipeline.progress import SILENT, Progress
@@ -22,52 +23,46 @@ from segkd.pipeline.teacher.fingerprints import code_of, content_of, portable
 from segkd.storage.differences import difference, leaves
 
 THREADS = 2
-"""Threads that read images and label maps."""
+"""Threads that read label maps."""
 
 
 @dataclass(frozen=True)
-class Contents:
+class Held:
     """What the samples of a data set hold, by id."""
 
-    images: Mapping[str, str]
-    """Digest of the image."""
+    contents: Mapping[str, Content]
+    """What the images show."""
     labels: Mapping[str, str]
     """Digest of the label map's classes; of auxiliary samples none, for nobody looks at theirs."""
 
-    def of(self, source: DataSource, role: Role) -> str:
-        """SHA-256 of a role's samples: ids, which decide order and augmentation, images and labels."""
+    def digest(self, source: DataSource, role: Role) -> str:
+        """SHA-256 of a role's samples: ids, which decide order and augmentation, pixels and labels."""
         lines = (
-            f"{sample.id} {self.images[sample.id]} {self.labels.get(sample.id, '')}\n"
+            f"{sample.id} {self.contents[sample.id].digest.hex()} {self.labels.get(sample.id, '')}\n"
             for sample in with_role(source, role)
         )
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def read_contents(source: DataSource, progress: Progress = SILENT) -> Contents:
-    """Reads every image and label map once. Raises DataError."""
+def read_held(source: DataSource, progress: Progress = SILENT) -> Held:
+    """Reads every label map, and every image that was never seen before. Raises DataError."""
 
-    def read(sample: Sample) -> tuple[str, str | None]:
-        image = source.image_digest(sample).hex()
-        if sample.role is Role.AUXILIARY:
-            return image, None
+    def read(sample: Sample) -> str:
         labels = source.labels(sample)
-        return image, hashlib.sha256(f"{labels.shape}".encode() + labels.tobytes()).hexdigest()
+        return hashlib.sha256(f"{labels.shape}".encode() + labels.tobytes()).hexdigest()
 
-    images, labels = {}, {}
-    with (
-        progress.task("reading samples", len(source.samples)) as task,
-        ThreadPoolExecutor(THREADS) as executor,
-    ):
-        for sample, found in zip(source.samples, executor.map(read, source.samples), strict=True):
-            images[sample.id], label = found
-            if label is not None:
-                labels[sample.id] = label
+    contents = read_contents(source, source.samples, progress=progress)
+    labelled = [sample for sample in source.samples if sample.role is not Role.AUXILIARY]
+    digests = {}
+    with progress.task("read labels", len(labelled)) as task, ThreadPoolExecutor(THREADS) as executor:
+        for sample, digest in zip(labelled, executor.map(read, labelled), strict=True):
+            digests[sample.id] = digest
             task.advance()
-    return Contents(images, labels)
+    return Held(contents, digests)
 
 
 def identity_of(
-    arm: Arm, run: RunConfig, source: DataSource, contents: Contents, fingerprints: Mapping[str, str]
+    arm: Arm, run: RunConfig, source: DataSource, held: Held, fingerprints: Mapping[str, str]
 ) -> dict[str, Any]:
     """The identity of a run of an arm, JSON-ready. ``run``: the arm's, with its seed; ``fingerprints``: its cache's."""
     student = described(run.the_student())
@@ -82,7 +77,7 @@ def identity_of(
         },
         "data": {
             "classes": content_digest(source.classes.names),
-            **{str(role): contents.of(source, role) for role in roles if with_role(source, role)},
+            **{str(role): held.digest(source, role) for role in roles if with_role(source, role)},
         },
         "cache": dict(fingerprints) if arm.distills else {},
     }

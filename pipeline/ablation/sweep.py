@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from segkd.pipeline.ablation.arms import Arm, resolve_arms
 from segkd.pipeline.ablation.gains import Records, gains, rows
-from segkd.pipeline.ablation.identity import Contents, identity_of, read_contents
+from segkd.pipeline.ablation.identity import Held, identity_of, read_held
 from segkd.pipeline.ablation.ledger import Ledger, RunRecord
 from segkd.pipeline.ablation.longer import measure_longer
 from segkd.pipeline.ablation.processes import run_jobs
 from segkd.pipeline.ablation.table import Results
 from segkd.pipeline.ablation.worker import Job
 from segkd.pipeline.config import RunConfig
+from segkd.pipeline.data.contamination import find_twins
 from segkd.pipeline.data.readers import open_data
-from segkd.pipeline.data.sample import DataSource, Role, with_role
+from segkd.pipeline.data.sample import SCORED, DataSource, Role, with_role
 from segkd.pipeline.progress import SILENT, Progress
 from segkd.pipeline.settings import to_dict
+from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.checkpoint import write_atomically
+from segkd.pipeline.student.leaks import find_label_leaks, teacher_checkpoint
 from segkd.pipeline.teacher.division import Share
-from segkd.storage.errors import ConfigError, ContaminationError, DataError
+from segkd.storage.errors import CheckpointError, ConfigError, ContaminationError, DataError
 from segkd.storage.reader import CacheReader
 
 logger = logging.getLogger("segkd")
@@ -87,8 +90,8 @@ def plan_sweep(run: RunConfig, output: str | Path, *, measure: bool = True, prog
     output = Path(output)
     ledger = Ledger(run.ablate.ledger or output / "ledger")
     opened = _Opened(progress)
-    stamps = _check_data(run, *opened.data(run))
-    resolve_arms(run, run.ablate.longer or None)
+    stamps = _check_roles(run, *opened.data(run))
+    stamps += _check_labels(resolve_arms(run, run.ablate.longer or None).values(), opened)
     longer = _longer(run, ledger, measure)
     arms = resolve_arms(run, longer)
     jobs = []
@@ -158,15 +161,15 @@ class _Opened:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._data: dict[str, tuple[DataSource, Contents]] = {}
+        self._data: dict[str, tuple[DataSource, Held]] = {}
         self._fingerprints: dict[str, dict[str, str]] = {}
 
-    def data(self, run: RunConfig) -> tuple[DataSource, Contents]:
+    def data(self, run: RunConfig) -> tuple[DataSource, Held]:
         """The run's data set and what its samples hold."""
         key = json.dumps(to_dict(run.data), sort_keys=True)
         if key not in self._data:
             source = open_data(run.data)
-            self._data[key] = source, read_contents(source, self._progress)
+            self._data[key] = source, read_held(source, self._progress)
         return self._data[key]
 
     def identity(self, arm: Arm, run: RunConfig, base: RunConfig) -> dict[str, Any]:
@@ -174,14 +177,14 @@ class _Opened:
         path = run.cache.path
         if arm.distills and path not in self._fingerprints:
             self._fingerprints[path] = dict(CacheReader(path).spec.fingerprints)
-        source, contents = self.data(run)
-        base_source, base_contents = self.data(base)
-        if contents.of(source, Role.REPORT) != base_contents.of(base_source, Role.REPORT):
+        source, held = self.data(run)
+        base_source, base_held = self.data(base)
+        if held.digest(source, Role.REPORT) != base_held.digest(base_source, Role.REPORT):
             raise ConfigError(
                 f"arm {arm.name} reports on other samples than the run file, so nothing compares with it; "
                 "leave role report as it is"
             )
-        return identity_of(arm, run, source, contents, self._fingerprints.get(path, {}))
+        return identity_of(arm, run, source, held, self._fingerprints.get(path, {}))
 
 
 def _has_longer(run: RunConfig) -> bool:
@@ -206,27 +209,56 @@ def _longer(run: RunConfig, ledger: Ledger, measure: bool) -> float | None:
     return None if settled is None else float(settled["longer"])
 
 
-def _check_data(run: RunConfig, source: DataSource, contents: Contents) -> tuple[str, ...]:
-    """What tables must say of the data. Raises DataError without samples to report, ContaminationError."""
+def _check_roles(run: RunConfig, source: DataSource, held: Held) -> tuple[str, ...]:
+    """What tables must say of the roles. Raises DataError without samples to report, ContaminationError."""
     report = with_role(source, Role.REPORT)
     if not report:
         raise DataError("the data have no sample of role report, so there is nothing to compare arms on; give it some")
-    reported = {contents.images[sample.id]: sample for sample in report}
-    shared = [
-        (sample, reported[contents.images[sample.id]])
-        for sample in with_role(source, Role.SELECT)
-        if contents.images[sample.id] in reported
-    ]
+    shared = find_twins(with_role(source, *SCORED), held.contents).shared
     if not shared:
         return ()
     if not run.ablate.allow_shared_select:
-        selected, scored = shared[0]
+        first = shared[0]
         raise ContaminationError(
-            f"role select and role report share {len(shared)} images, the first {selected.id!r} and {scored.id!r}: "
-            "what is chosen on report is no result on report; remove them from one of the roles, or set "
-            "ablate.allow_shared_select = true, and every table will say so"
+            f"role select and role report share {len(shared)} images, the first {first.other.id!r} and "
+            f"{first.sample.id!r}: what is chosen on report is no result on report; remove them from one of the roles, "
+            "or set ablate.allow_shared_select = true, and every table will say so"
         )
     return (
         f"Role select and role report share {len(shared)} of {len(report)} images: "
         "what was chosen was chosen on what is reported.",
     )
+
+
+def _check_labels(arms: Iterable[Arm], opened: _Opened) -> tuple[str, ...]:
+    """What tables must say of the labels that networks have seen before the sweep.
+
+    Raises ContaminationError where a teacher, or what a student begins with, has learned a label that it must not know.
+    """
+    unknown: dict[str, None] = {}
+    checked = set()
+    for arm in arms:
+        source, held = opened.data(arm.run)
+        teacher = teacher_checkpoint(arm.run) if arm.distills else None
+        if arm.distills and teacher is None:
+            unknown["the teacher is no checkpoint that is here"] = None
+        for path in filter(None, (teacher, *_beginnings(arm.run))):
+            if (path, id(source)) in checked:
+                continue
+            checked.add((path, id(source)))
+            try:
+                leaks = find_label_leaks(path, source, held.contents)
+            except CheckpointError as error:
+                unknown[str(error)] = None
+                continue
+            if leaks:
+                raise ContaminationError(leaks.describe(source))
+    return tuple(f"Which labels were learned before is not known: {why}." for why in unknown)
+
+
+def _beginnings(run: RunConfig) -> Iterator[Path]:
+    """The checkpoints that the student begins with."""
+    student = run.the_student()
+    for path in map(Path, filter(None, (student.reference, student.init))):
+        if path.suffix == checkpoint.SUFFIX and path.is_file():
+            yield path

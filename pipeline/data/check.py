@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from segkd.pipeline.data.config import DataConfig
+from segkd.pipeline.data.contamination import describe_contaminated, describe_copy, describe_shared, find_twins
+from segkd.pipeline.data.contents import Content, content_of, stamp
 from segkd.pipeline.data.labels import UnmappedError, describe
 from segkd.pipeline.data.readers import Complaint, find
-from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample
+from segkd.pipeline.data.remembered import Memory, Stamp
+from segkd.pipeline.data.sample import IGNORE, LEARNED, SCORED, DataSource, Role, Sample
 from segkd.pipeline.progress import SILENT, Progress
 from segkd.storage.errors import ContaminationError, DataError
 
-_LEARNED = (Role.TRAIN, Role.AUXILIARY)
-_SCORED = (Role.SELECT, Role.REPORT)
 _AT_ONCE = 512
 """Samples that are handed to the threads together."""
 
@@ -121,6 +123,7 @@ def check(config: DataConfig, *, progress: Progress = SILENT) -> DataReport:
             *found.complaints,
             *seen.complaints,
             *_unmapped(config, seen.unmapped),
+            *(_in_two_roles(config, source, seen.contents) if config.compare_contents != "off" else ()),
             *_warnings(samples, names, seen.pixels),
         ),
     )
@@ -131,7 +134,9 @@ class _Finding:
     """What one sample's files hold, as far as they could be read."""
 
     size: tuple[int, int] | None = None
-    digest: bytes | None = None
+    content: Content | None = None
+    stamp: Stamp | None = None
+    """The image's file as it was read."""
     counts: npt.NDArray[np.int64] | None = None
     error: str | None = None
     unmapped: frozenset[int] = frozenset()
@@ -143,7 +148,7 @@ class _Seen:
 
     def __init__(self, classes: int) -> None:
         self._indices = [*range(classes), IGNORE]
-        self._first: dict[bytes, Sample] = {}
+        self.contents: dict[str, Content] = {}
         self.sizes: Counter[tuple[int, int]] = Counter()
         self.pixels: dict[Role, npt.NDArray[np.int64]] = {}
         self.complaints: list[Complaint] = []
@@ -159,35 +164,46 @@ class _Seen:
             self.sizes[finding.size] += 1
         if finding.counts is not None:
             self.pixels[sample.role] = self.pixels.get(sample.role, 0) + finding.counts[self._indices]
-        if finding.digest is not None:
-            twin = self._first.setdefault(finding.digest, sample)
-            if (twin.role in _SCORED) != (sample.role in _SCORED):
-                self.complaints.append(
-                    Complaint(
-                        "warning",
-                        f"samples {twin.id!r} ({twin.role}) and {sample.id!r} ({sample.role}) are the same image, "
-                        "so its score would be too good; drop one of them",
-                    )
-                )
+        if finding.content is not None:
+            self.contents[sample.id] = finding.content
 
 
-def _findings(source: DataSource, samples: Iterable[Sample]) -> Iterator[_Finding]:
-    samples = list(samples)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+def _findings(source: DataSource, samples: Sequence[Sample]) -> Iterator[_Finding]:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, closing(Memory()) as memory:
         for start in range(0, len(samples), _AT_ONCE):
-            yield from pool.map(partial(_inspect, source), samples[start : start + _AT_ONCE])
+            learned = []
+            for finding in pool.map(partial(_inspect, source), samples[start : start + _AT_ONCE]):
+                if finding.stamp is not None and finding.content is not None:
+                    learned.append((finding.stamp, finding.content.to_bytes()))
+                yield finding
+            memory.keep(learned)
 
 
 def _inspect(source: DataSource, sample: Sample) -> _Finding:
-    size = digest = None
+    found = _Finding(stamp=stamp(source, sample))
     try:
-        height, width = source.image(sample).shape[:2]
-        size, digest = (height, width), source.image_digest(sample)
-        counts = np.bincount(source.labels(sample).ravel(), minlength=IGNORE + 1) if sample.labelled else None
+        image = source.image(sample)
+        height, width, _ = image.shape
+        found = replace(found, size=(height, width), content=content_of(image))
+        if sample.labelled:
+            counts = np.bincount(source.labels(sample).ravel(), minlength=IGNORE + 1)
+            found = replace(found, counts=counts)
     except DataError as error:
         unmapped = error.codes if isinstance(error, UnmappedError) else frozenset()
-        return _Finding(size, digest, None, str(error), unmapped)
-    return _Finding(size, digest, counts)
+        return replace(found, error=str(error), unmapped=unmapped)
+    return found
+
+
+def _in_two_roles(config: DataConfig, source: DataSource, contents: dict[str, Content]) -> Iterator[Complaint]:
+    """Every image of select or report that is learned from, and what else has two roles."""
+    twins = find_twins(source.samples, contents)
+    severity: Literal["error", "warning"] = "error" if config.compare_contents == "refuse" else "warning"
+    for twin in twins.contaminated:
+        yield Complaint(severity, describe_contaminated(twin, source))
+    for twin in twins.shared:
+        yield Complaint("warning", describe_shared(twin, source))
+    for twin in twins.copies:
+        yield Complaint("warning", describe_copy(twin, source))
 
 
 def _unmapped(config: DataConfig, found: list[tuple[str, frozenset[int]]]) -> Iterator[Complaint]:
@@ -213,14 +229,14 @@ def _warnings(
         if role not in roles:
             remedy = "give it to some in [data.fractions], lists or folders, if needed"
             yield Complaint("warning", f"no sample has role {role}: {consequence}; {remedy}")
-    for role in (Role.TRAIN, *_SCORED):
+    for role in (Role.TRAIN, *SCORED):
         absent = [name for name, count in zip(names, pixels.get(role, ()), strict=False) if count == 0]
         if absent:
             yield Complaint("warning", f"never seen in the labels of role {role}: {', '.join(absent)}")
     by_group: dict[str, set[Role]] = {}
     for sample in samples:
         by_group.setdefault(sample.group, set()).add(sample.role)
-    cut = sorted(group for group, of in by_group.items() if group and of & {*_LEARNED} and of & {*_SCORED})
+    cut = sorted(group for group, of in by_group.items() if group and of & {*LEARNED} and of & {*SCORED})
     if cut:
         yield Complaint(
             "warning",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from segkd.pipeline.data.contamination import Policy
 from segkd.pipeline.data.images import MAX_PIXELS
 from segkd.pipeline.data.sample import IGNORE, Role
 from segkd.pipeline.data.scenes import SceneConfig
@@ -19,12 +20,22 @@ Reader = Literal["camvid", "folder", "list", "scenes"]
 IGNORED = "ignore"
 """What a label map's raw value is mapped to when no loss and no score shall count it."""
 
-_FILES = {"root", "group", "lists", "classes", "palette", "label_values", "label_colours", "max_pixels"}
+_FILES = {
+    "root",
+    "group",
+    "lists",
+    "classes",
+    "palette",
+    "label_values",
+    "label_colours",
+    "max_pixels",
+    "compare_contents",
+}
 _OPTIONS: Mapping[Reader, set[str]] = {
     "camvid": _FILES | {"folders"},
     "folder": _FILES | {"folders", "fractions", "images", "labels", "image_suffix", "label_suffix"},
     "list": _FILES,
-    "scenes": {"scenes"},
+    "scenes": {"scenes", "compare_contents"},
 }
 
 
@@ -72,6 +83,9 @@ class DataConfig:
     """Colour of a label map -> class name or "ignore": ``"#804080" = "road"`` or ``"128,64,128" = "road"``."""
     max_pixels: int = MAX_PIXELS
     """Larger images are refused before they are decoded."""
+    compare_contents: Policy = "refuse"
+    """What is done where an image that is learned from is one of role select or report too, by its pixels or re-encoded
+    or scaled: ``refuse`` or ``warn``. ``off`` does not compare; else every image is decoded once, and remembered."""
     scenes: SceneConfig = field(default_factory=SceneConfig)
     """``scenes``: what is generated."""
 

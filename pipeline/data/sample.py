@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +29,12 @@ class Role(StrEnum):
     """For choosing checkpoints, weights and schedules."""
     REPORT = "report"
     """Read once per finished configuration, for the figures that are reported."""
+
+
+LEARNED = (Role.TRAIN, Role.AUXILIARY)
+"""What networks may learn from."""
+SCORED = (Role.SELECT, Role.REPORT)
+"""What they must not have learned from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +77,10 @@ class DataSource(Protocol):
 
     def image(self, sample: Sample) -> npt.NDArray[np.uint8]:
         """H,W,3 RGB. Raises DataError naming the file."""
+        ...
+
+    def image_file(self, sample: Sample) -> Path | None:
+        """Where the image lies; None for one that is generated."""
         ...
 
     def image_digest(self, sample: Sample) -> bytes:

@@ -113,6 +113,9 @@ class SceneSource:
         """H,W,3. Raises DataError for a sample of another source."""
         return _paint(self.config, sample.role, self._number(sample))[0].copy()
 
+    def image_file(self, sample: Sample) -> None:
+        """There is none."""
+
     def image_digest(self, sample: Sample) -> bytes:
         """What a cache keeps of the SHA-256 of the pixels."""
         return hashlib.sha256(self.image(sample).tobytes()).digest()[:DIGEST_BYTES]

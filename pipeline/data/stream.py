@@ -120,6 +120,11 @@ class TrainStream(Dataset[Batch]):
         drawn = {Role.TRAIN: self._labelled.samples, Role.AUXILIARY: self._auxiliary.samples}
         return {role: {"samples": count, "drawn": len(drawn[role])} for role, count in self._given.items()}
 
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """Whatever a batch may draw from, labelled ones first."""
+        return (*self._labelled.samples, *self._auxiliary.samples)
+
     def draws(self, step: int) -> tuple[Draw, ...]:
         """The crops of a batch in its order, labelled ones first. A mixed crop has a second sample."""
         return (*self._labelled.draws(step), *self._auxiliary.draws(step))

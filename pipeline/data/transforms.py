@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from segkd.pipeline.data.sample import IGNORE
+from segkd.pipeline.evidence import Evidence
 from segkd.pipeline.models.network import IMAGENET_MEAN
 from segkd.storage.errors import ConfigError
 from segkd.storage.geometry import Affine, Axis, Mapping, flip, resize, shift
@@ -30,6 +32,8 @@ PADDING = tuple(round(255 * channel) for channel in IMAGENET_MEAN)
 class AugmentConfig:
     """How training crops are drawn."""
 
+    evidence: ClassVar[Evidence] = {"cutmix": None}
+
     crop: tuple[int, int] = (256, 256)
     """Height and width of a crop in pixels; an image that is smaller after scaling is padded."""
     scale: tuple[float, float] = (0.5, 2.0)
@@ -43,7 +47,7 @@ class AugmentConfig:
     get as much with ``photometric = 1.0``."""
     cutmix: float = 0.0
     """Probability that an auxiliary crop is a mix of two auxiliary images: a rectangle of one, of random size, put into
-    the other (CutMix). Each part is learned from its own image's targets. Accuracy not measured."""
+    the other (CutMix). Each part is learned from its own image's targets."""
 
     def __post_init__(self) -> None:
         if min(self.crop) < 1:

@@ -25,6 +25,7 @@ from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.models.references import BUILT_IN, load_network
 from segkd.pipeline.output import replacing
 from segkd.pipeline.settings import parse, to_dict
+from segkd.pipeline.student.seen import Seen
 from segkd.storage.errors import CheckpointError, ConfigError
 from segkd.storage.publish import sync_folder, write_synced
 
@@ -59,8 +60,8 @@ class Description:
     """The best validation up to this step; None before the first."""
     run: dict[str, Any]
     """The resolved configuration of the run, and whether it distils."""
-    samples: str
-    """Digest of the lists of samples that the run knows."""
+    samples: Seen
+    """What the network has seen of which samples."""
     scaler: dict[str, Any] | None = None
     """State of the gradient scaler of fp16."""
     format: str = FORMAT

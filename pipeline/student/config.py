@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+from segkd.pipeline.evidence import Evidence
 from segkd.pipeline.models.predictor import Precision
 from segkd.pipeline.student.batch_norm import BatchNormMode
 from segkd.storage.errors import ConfigError
@@ -15,6 +16,14 @@ from segkd.storage.errors import ConfigError
 class TrainConfig:
     """Durations are in optimiser steps; samples are counted a step."""
 
+    evidence: ClassVar[Evidence] = {
+        "least_confidence": None,
+        "most_entropy": None,
+        "batch_norm=labelled": None,
+        "batch_norm=separate": None,
+        "batch_norm=frozen": None,
+    }
+
     steps: int = 20_000
     """Length of the run, and of its learning-rate schedule."""
     labelled: int = 16
@@ -23,15 +32,15 @@ class TrainConfig:
     """Samples of role auxiliary in a batch; they are learned from through the teacher alone."""
     least_confidence: float = 0.0
     """Auxiliary samples of which the teacher is less confident are not drawn: its largest class probability, a mean
-    over the image's cells that the cache keeps. 0 draws all. Accuracy not measured."""
+    over the image's cells that the cache keeps. 0 draws all."""
     most_entropy: float = math.inf
     """Auxiliary samples of more entropy are not drawn: that of the teacher's class distribution in nats, a mean over
-    the image's cells that the cache keeps. inf draws all. Accuracy not measured."""
+    the image's cells that the cache keeps. inf draws all."""
     batch_norm: BatchNormMode = "joint"
     """Whose statistics batch norm normalises by. ``joint``: those of the whole batch. ``labelled``: those of its
     labelled crops. ``separate``: labelled and auxiliary crops each by their own. ``frozen``: the running ones, for a
     student that starts from trained weights. Running statistics follow the whole batch in ``joint``, nothing in
-    ``frozen``, else the labelled crops. Accuracy of all but ``joint`` not measured."""
+    ``frozen``, else the labelled crops."""
     optimiser: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum."""
     learning_rate: float = 1e-3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -15,14 +14,19 @@ import torch
 from torch import Tensor
 
 from segkd.pipeline.config import RunConfig
+from segkd.pipeline.data.contamination import find_twins, require_apart
+from segkd.pipeline.data.contents import read_contents
 from segkd.pipeline.data.readers import open_data
-from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample, with_role
+from segkd.pipeline.data.sample import IGNORE, LEARNED, SCORED, DataSource, Role, Sample, with_role
 from segkd.pipeline.data.stream import StreamConfig, TrainStream
 from segkd.pipeline.models.network import NetworkConfig
+from segkd.pipeline.progress import SILENT, Progress
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.knowledge.base import Knowledge
 from segkd.pipeline.student.knowledge.config import KnowledgeConfig
+from segkd.pipeline.student.leaks import warn_of_label_leaks
 from segkd.pipeline.student.losses import Objective
+from segkd.pipeline.student.seen import SampleList, Seen
 from segkd.pipeline.teacher.fingerprints import portable
 from segkd.storage.coding import ExactDistribution
 from segkd.storage.differences import difference, leaves
@@ -46,15 +50,12 @@ class Inputs:
     select: tuple[Sample, ...]
     """What the run validates on; empty when it does not."""
     class_weights: Tensor | None
-
-    def samples_digest(self) -> str:
-        """SHA-256 of the samples that the run may draw from or validates on."""
-        used = with_role(self.source, Role.TRAIN, Role.AUXILIARY, Role.SELECT)
-        return hashlib.sha256("".join(f"{sample.role} {sample.id}\n" for sample in used).encode()).hexdigest()
+    seen: Seen
+    """What the network will have seen of which samples."""
 
 
-def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool) -> Inputs:
-    """Opens data and cache. ``student`` is the complete description, see
+def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool, progress: Progress = SILENT) -> Inputs:
+    """Opens data and cache, and compares what images show. ``student`` is the complete description, see
     :func:`segkd.pipeline.models.references.described`.
 
     Raises ConfigError, DataError, CacheError or ContaminationError where they do not fit each other or the run.
@@ -101,8 +102,39 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool) -> Inp
         on_damage=train.on_damage,
     )
     stream = TrainStream(source, cache, objective.targets, config, run.augment, student.preprocessing)
+    seen = _compare(run, source, stream.samples, select, progress)
     weights = class_weights(source, train)
-    return Inputs(source=source, cache=cache, objective=objective, stream=stream, select=select, class_weights=weights)
+    return Inputs(
+        source=source,
+        cache=cache,
+        objective=objective,
+        stream=stream,
+        select=select,
+        class_weights=weights,
+        seen=seen,
+    )
+
+
+def _compare(
+    run: RunConfig, source: DataSource, learned: Sequence[Sample], select: Sequence[Sample], progress: Progress
+) -> Seen:
+    """Holds what the run learns from against what it is scored on. Raises ContaminationError."""
+    policy = run.data.compare_contents
+    contents, contaminated = None, None
+    if policy != "off":
+        samples = (*learned, *with_role(source, *SCORED))
+        contents = read_contents(source, samples, progress=progress)
+        twins = find_twins(samples, contents)
+        require_apart(twins, source, policy)
+        contaminated = len(twins.contaminated)
+        warn_of_label_leaks(run, source, contents)
+    labelled, auxiliary = ([sample for sample in learned if sample.role is role] for role in LEARNED)
+    return Seen(
+        labels_of=SampleList.of(labelled, contents),
+        images_of=SampleList.of(auxiliary, contents),
+        selected_on=SampleList.of(select, contents),
+        contaminated=contaminated,
+    )
 
 
 def _check_knowledge(knowledge: Sequence[Knowledge], train: TrainConfig) -> None:

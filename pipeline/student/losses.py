@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from segkd.pipeline.data.batch import Batch
 from segkd.pipeline.data.sample import IGNORE
-from segkd.pipeline.evidence import Row
+from segkd.pipeline.evidence import Evidence
 from segkd.pipeline.resample import to_pixels
 from segkd.pipeline.student.alignment import align
 from segkd.pipeline.student.knowledge.base import Knowledge
@@ -34,7 +34,7 @@ from segkd.storage.errors import ConfigError
 class LossConfig:
     """What is learned from the labels, and how strictly the cache's promise is taken."""
 
-    evidence: ClassVar[Mapping[str, Row | None]] = {"label_smoothing": None}
+    evidence: ClassVar[Evidence] = {"label_smoothing": None}
 
     cross_entropy: float = 1.0
     """Weight of the cross-entropy with the labels; 0 = off, and never computed."""

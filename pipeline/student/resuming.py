@@ -53,7 +53,7 @@ def require_same(held: Description, now: Description, path: Path) -> None:
         if before.get(key) != after.get(key) and not is_harmless(key)
     ]
     differing += ["the classes"] if held.classes != now.classes else []
-    differing += ["the list of samples"] if held.samples != now.samples else []
+    differing += ["the samples (their lists, or what their images show)"] if held.samples != now.samples else []
     if differing:
         raise CheckpointError(
             f"{path} is of a run that differs in {', '.join(differing)}; resume it as it was begun, "

@@ -69,7 +69,7 @@ def train(
     device = find_device(config.device)
     with torch_settings(config), folder:
         student = described(run.the_student())
-        inputs = open_inputs(run, student, distill=distill)
+        inputs = open_inputs(run, student, distill=distill, progress=progress)
         fresh = Description(
             network=independent(student),
             classes=inputs.source.classes,
@@ -77,7 +77,7 @@ def train(
             validated=0,
             best=None,
             run={"distill": distill, "fingerprints": _fingerprints(inputs), **to_dict(run)},
-            samples=inputs.samples_digest(),
+            samples=inputs.seen,
         )
         if held is not None:
             require_same(held[0], fresh, folder.last)
@@ -274,7 +274,7 @@ def _run_document(state: Description, inputs: Inputs, trainer: Trainer) -> dict[
     versions = {"segkd": __version__, "python": platform.python_version(), "torch": torch.__version__}
     return {
         "configuration": state.run,
-        "samples": state.samples,
+        "samples": state.samples.to_dict(),
         "pools": inputs.stream.pools,
         "classes": list(state.classes.names),
         "versions": {**versions, "numpy": np.__version__},

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 from torch import Tensor
 
 from segkd.pipeline.data.batch import Batch
-from segkd.pipeline.evidence import Row
-from segkd.pipeline.student.knowledge.schedule import Schedule
+from segkd.pipeline.evidence import Evidence
+from segkd.pipeline.student.knowledge.schedule import Schedule, factor
 from segkd.storage.errors import ConfigError
 
 
@@ -79,15 +79,20 @@ class Knowledge(ABC):
     """Its table is ``[knowledge.<name>]``."""
     with_neighbours: ClassVar[bool] = False
     """Whether only those cells are valid whose neighbours inside the image all count too."""
-    evidence: ClassVar[Mapping[str, Row | None]] = {"on": None, "schedule": None}
+    evidence: ClassVar[Evidence] = {
+        "on=auxiliary": None,
+        "schedule=rise": None,
+        "schedule=fall": None,
+    }
     """What was measured, see :mod:`segkd.pipeline.evidence`."""
 
     weight: float = 0.0
     """Weight of the term; 0 = off."""
     on: Literal["all", "auxiliary"] = "all"
     """The crops that it acts on: all, or those of auxiliary images only."""
-    schedule: Schedule = field(default_factory=Schedule)
-    """How the weight changes over training."""
+    schedule: Schedule = "constant"
+    """How the weight changes over the run: not at all, linearly from almost 0 to all of it, or linearly from all of it
+    to almost 0."""
 
     def __post_init__(self) -> None:
         self._require("weight", 0 <= self.weight < math.inf, "a finite number of at least 0 (0 = off)")
@@ -116,7 +121,7 @@ class Knowledge(ABC):
 
     def at(self, step: int, steps: int) -> Self:
         """The same with the constant weight that its schedule gives it at ``step`` (from 0) of ``steps``."""
-        return replace(self, weight=self.weight * self.schedule.factor(step, steps), schedule=Schedule())
+        return replace(self, weight=self.weight * factor(self.schedule, step, steps), schedule="constant")
 
     def _require(self, key: str, fulfilled: bool, expected: str) -> None:
         if not fulfilled:

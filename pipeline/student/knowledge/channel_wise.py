@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segkd.pipeline.evidence import Row
+from segkd.pipeline.evidence import Evidence
 from segkd.pipeline.student.knowledge.base import Cells, Knowledge, Need
 
 
@@ -27,7 +27,7 @@ class ChannelWise(Knowledge):
     """
 
     name: ClassVar[str] = "channel_wise"
-    evidence: ClassVar[Mapping[str, Row | None]] = {"": None}
+    evidence: ClassVar[Evidence] = {"": None}
 
     temperature: float = 1.0
     """T of the softmax over the cells."""

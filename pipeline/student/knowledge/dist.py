@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from segkd.pipeline.evidence import Row
+from segkd.pipeline.evidence import Evidence
 from segkd.pipeline.student.knowledge.base import Cells, Knowledge, Need
 from segkd.storage.errors import ConfigError
 
@@ -28,7 +28,7 @@ class Dist(Knowledge):
     """
 
     name: ClassVar[str] = "dist"
-    evidence: ClassVar[Mapping[str, Row | None]] = {"": None}
+    evidence: ClassVar[Evidence] = {"": None}
 
     temperature: float = 1.0
     """T: what is compared is softmax(logits / T)."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from segkd.pipeline.evidence import Row
+from segkd.pipeline.evidence import Evidence, Row
 from segkd.pipeline.first_order import Features, features_of, first_order_map
 from segkd.pipeline.student.knowledge.base import Cells, Knowledge, Need
 
@@ -25,7 +25,7 @@ class FirstOrder(Knowledge):
     name: ClassVar[str] = "first_order"
     # So that the student's neighbours, the cells that count, are those that the teacher's map was made from.
     with_neighbours: ClassVar[bool] = True
-    evidence: ClassVar[Mapping[str, Row | None]] = {
+    evidence: ClassVar[Evidence] = {
         "form=softmax": Row("demo.md", "student, distilled"),
         "form=logits": None,
     }

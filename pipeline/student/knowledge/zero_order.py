@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from segkd.pipeline.evidence import Row
+from segkd.pipeline.evidence import Evidence, Row
 from segkd.pipeline.student.knowledge.base import Cells, Knowledge, Need
 
 
@@ -22,7 +22,7 @@ class ZeroOrder(Knowledge):
     """
 
     name: ClassVar[str] = "zero_order"
-    evidence: ClassVar[Mapping[str, Row | None]] = {
+    evidence: ClassVar[Evidence] = {
         "form=kl": Row("demo.md", "student, distilled"),
         "form=squared": None,
         "temperature": None,
