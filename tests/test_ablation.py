@@ -129,12 +129,29 @@ def test_other_comparators_of_the_run_file_are_off_in_every_arm_but_an_own_one(r
         ("train.learning_rate=0.5", ("train.learning_rate (0.001, now 0.5)",)),
         ("augment.crop=[64, 64]", ("augment.crop ([32, 32], now [64, 64])",)),
         ("student.reference='fast-scnn'", ("student.reference ('enet', now 'fast-scnn')",)),
-        ("data.folders.train=['a', 'b']", ("data.folders.train (['a'], now ['a', 'b'])",)),
     ],
 )
 def test_what_is_not_at_matched_compute_is_said(run: Path, changed: str, unmatched: tuple[str, ...]) -> None:
     arms = resolve_arms(read(run, f"ablate.arms.own.set={json.dumps([changed])}", "ablate.ladder=[]"), None)
     assert arms["own"].unmatched == unmatched
+
+
+def test_other_samples_are_marked_by_what_they_hold_and_not_by_where_they_are_listed(
+    cached: Path, tmp_path: Path
+) -> None:
+    for name, folders in (("same", "a"), ("all", "ab")):
+        lines = [f"{folder}/{number}" for folder in folders for number in range(2)]
+        (tmp_path / name).write_text("\n".join(lines))
+    for role, folder in (("auxiliary", "b"), ("select", "c"), ("report", "d")):
+        (tmp_path / role).write_text(f"{folder}/0\n{folder}/1")
+    lists = {name: f"data.lists.train='{tmp_path / name}'" for name in ("same", "all")}
+    others = f"data.lists={{select='{tmp_path / 'select'}', report='{tmp_path / 'report'}'}}"
+    arms = [f"ablate.arms.{name}={{like='alone', set={json.dumps([others, lists[name]])}}}" for name in lists]
+    base = [f"data.lists.{role}='{tmp_path / role}'" for role in ("auxiliary", "select", "report")]
+    base += ["data.folders={}", f"data.lists.train='{tmp_path / 'same'}'", "ablate.ladder=['zero']"]
+    sweep = plan_sweep(read(cached, *base, *arms), tmp_path / "out")
+    assert sweep.arms["same"].unmatched == ()
+    assert sweep.arms["all"].unmatched == ("samples of role train (2, now 4)",)
 
 
 def test_arms_of_one_seed_see_labelled_samples_in_one_order(cached: Path) -> None:

@@ -291,7 +291,7 @@ def test_rows_gains_and_what_must_be_known(undisturbed: Path) -> None:
     assert "| 5 | 41.00 ± 1.58 | 32 | 0 | 32 | 0.00 M |" in lines["alone"]
     assert "| 5 | 43.00 ± " in lines["auxiliary-zero-first"]
     assert lines["auxiliary-zero-first"].endswith("| 40 % |")
-    assert "† all is not at matched compute: data.scenes.train (5, now 9)." in text
+    assert "† all is not at matched compute: samples of role train (5, now 9)." in text
     (gain,) = (gain for gain in results.gains if gain.later == "auxiliary-zero-first")
     assert (gain.earlier, gain.seeds, gain.seeds_verdict, gain.matched) == ("alone", (0, 1, 2, 3, 4), "gain", True)
     assert gain.mean == pytest.approx(2.0)

@@ -39,6 +39,7 @@ AUXILIARY: tuple[BuiltIn, ...] = ("auxiliary-zero", "auxiliary-zero-first", "pse
 """The arms that see auxiliary images; the others have as many labelled ones in their place."""
 
 _FREE = (
+    "data",
     "cache",
     "teacher",
     "loss",
@@ -52,7 +53,8 @@ _FREE = (
     "train.least_confidence",
     "train.most_entropy",
 )
-"""What arms may differ in at matched compute: what they learn from, not how much of it or for how long."""
+"""What arms may differ in at matched compute: what they learn from, not how much of it or for how long. Samples are
+compared by what they hold, once the data are open."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,10 @@ from segkd.pipeline.config import RunConfig
 from segkd.pipeline.data.stream import loader
 from segkd.pipeline.device import find_device
 from segkd.pipeline.evaluation.speed import synchronise
-from segkd.pipeline.models.references import described, load_network
+from segkd.pipeline.models.references import described
 from segkd.pipeline.student.inputs import open_inputs
 from segkd.pipeline.student.runtime import torch_settings
-from segkd.pipeline.student.trainer import Trainer
+from segkd.pipeline.student.train import begin
 from segkd.storage.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -84,18 +84,9 @@ def step_seconds(arm: Arm) -> float:
     run, config = arm.run, arm.run.train
     device = find_device(config.device)
     with torch_settings(config), torch.random.fork_rng():
-        torch.manual_seed(config.seed)
         student = described(run.the_student())
         inputs = open_inputs(run, student, distill=arm.distills)
-        network = load_network(student, len(inputs.source.classes))
-        trainer = Trainer(
-            network,
-            config,
-            inputs.objective,
-            device=device,
-            cache=inputs.cache,
-            class_weights=inputs.class_weights,
-        )
+        trainer = begin(student, inputs, config, device)
         seconds = []
         began = time.perf_counter()
         for step, batch in enumerate(loader(inputs.stream, 0, WARMUP + STEPS, config.workers)):

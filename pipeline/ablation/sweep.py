@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.checkpoint import write_atomically
 from segkd.pipeline.student.leaks import find_label_leaks, teacher_checkpoint
 from segkd.pipeline.teacher.division import Share
+from segkd.storage.differences import difference
 from segkd.storage.errors import CheckpointError, ConfigError, ContaminationError, DataError
 from segkd.storage.reader import CacheReader
 
@@ -72,7 +74,8 @@ class Sweep:
         """The same for people."""
         lines = []
         for arm in self.arms.values():
-            lines.append(f"{arm.name}: {' '.join(f'--set {text}' for text in arm.settings) or 'the run file as it is'}")
+            settings = " ".join(f"--set {shlex.quote(text)}" for text in arm.settings)
+            lines.append(f"{arm.name}: {settings or 'the run file as it is'}")
             lines += [f"  not at matched compute: {what}" for what in arm.unmatched]
         if self.unmeasured:
             lines.append("alone-longer: how much longer is measured when the sweep begins")
@@ -93,7 +96,7 @@ def plan_sweep(run: RunConfig, output: str | Path, *, measure: bool = True, prog
     stamps = _check_roles(run, *opened.data(run))
     stamps += _check_labels(resolve_arms(run, run.ablate.longer or None).values(), opened)
     longer = _longer(run, ledger, measure)
-    arms = resolve_arms(run, longer)
+    arms = {name: opened.marked(arm, run) for name, arm in resolve_arms(run, longer).items()}
     jobs = []
     for seed in run.ablate.seeds:
         for arm in arms.values():
@@ -104,7 +107,7 @@ def plan_sweep(run: RunConfig, output: str | Path, *, measure: bool = True, prog
                     seed=seed,
                     run=seeded,
                     distill=arm.distills,
-                    identity=opened.identity(arm, seeded, run),
+                    identity=opened.identity(arm, seeded),
                     folder=output / arm.name / f"seed-{seed}",
                     ledger=ledger.folder,
                 )
@@ -172,18 +175,33 @@ class _Opened:
             self._data[key] = source, read_held(source, self._progress)
         return self._data[key]
 
-    def identity(self, arm: Arm, run: RunConfig, base: RunConfig) -> dict[str, Any]:
-        """Raises ConfigError for an arm that reports on other samples than the run file."""
-        path = run.cache.path
-        if arm.distills and path not in self._fingerprints:
-            self._fingerprints[path] = dict(CacheReader(path).spec.fingerprints)
-        source, held = self.data(run)
-        base_source, base_held = self.data(base)
-        if held.digest(source, Role.REPORT) != base_held.digest(base_source, Role.REPORT):
+    def marked(self, arm: Arm, base: RunConfig) -> Arm:
+        """The arm, with what its samples have otherwise than the run file's among what is not matched.
+
+        Raises ConfigError for an arm that reports on other samples.
+        """
+        drawn = [Role.TRAIN, *([Role.AUXILIARY] if arm.run.train.auxiliary else [])]
+        (before, held_before), (after, held_after) = self.data(base), self.data(arm.run)
+        others = [
+            role for role in (*drawn, Role.REPORT) if held_before.digest(before, role) != held_after.digest(after, role)
+        ]
+        if Role.REPORT in others:
             raise ConfigError(
                 f"arm {arm.name} reports on other samples than the run file, so nothing compares with it; "
                 "leave role report as it is"
             )
+        marks = (
+            difference(f"samples of role {role}", len(with_role(before, role)), len(with_role(after, role)))
+            for role in others
+        )
+        return replace(arm, unmatched=(*arm.unmatched, *marks))
+
+    def identity(self, arm: Arm, run: RunConfig) -> dict[str, Any]:
+        """Of a run of the arm."""
+        path = run.cache.path
+        if arm.distills and path not in self._fingerprints:
+            self._fingerprints[path] = dict(CacheReader(path).spec.fingerprints)
+        source, held = self.data(run)
         return identity_of(arm, run, source, held, self._fingerprints.get(path, {}))
 
 
