@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from segkd import __version__
+from segkd.cli.ablate import ablate
 from segkd.cli.cache_compact import cache_compact
 from segkd.cli.cache_info import cache_info
 from segkd.cli.cache_repair import cache_repair
@@ -88,3 +89,4 @@ main.add_command(teacher_cache)
 main.add_command(train_student)
 main.add_command(evaluate)
 main.add_command(predict)
+main.add_command(ablate)

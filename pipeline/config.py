@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from segkd.pipeline.ablation.config import AblateConfig
 from segkd.pipeline.data.config import DataConfig
 from segkd.pipeline.data.transforms import AugmentConfig
 from segkd.pipeline.models.network import NetworkConfig
@@ -37,6 +38,8 @@ class RunConfig:
     """The crops that it sees."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimiser, schedule, batches, checkpoints."""
+    ablate: AblateConfig = field(default_factory=AblateConfig)
+    """What ``segkd ablate`` compares."""
 
     def the_teacher(self) -> NetworkConfig:
         """The teacher. Raises ConfigError where none is described."""

@@ -143,6 +143,10 @@ class Setting:
     """The dataclass that the key holds, where it holds one."""
 
 
+NAMED = "<name>"
+"""Stands in a :class:`Setting` for the name that a run file gives to one of several tables of a kind."""
+
+
 def settings(kind: type, prefix: tuple[str, ...] = ()) -> Iterator[Setting]:
     """All keys of a dataclass, depth first, in their order."""
     hints = typing.get_type_hints(kind)
@@ -150,6 +154,10 @@ def settings(kind: type, prefix: tuple[str, ...] = ()) -> Iterator[Setting]:
         key = (*prefix, field.name)
         table = _dataclass_in(hints[field.name])
         yield Setting(key, field, kind, table)
+        if table is None and typing.get_origin(hints[field.name]) is dict:
+            table, key = _dataclass_in(typing.get_args(hints[field.name])[1]), (*key, NAMED)
+            if table is not None:
+                yield Setting(key, field, kind, table)
         if table is not None:
             yield from settings(table, key)
 
@@ -222,7 +230,7 @@ def _complaint(kind: type, key: Key, item: ErrorDetails) -> str:
 def _nearest(kind: type, key: Key) -> str:
     """The known key that was probably meant: a sibling, else one of that name in another table."""
     known = [setting.key for setting in settings(kind)]
-    siblings = [other[-1] for other in known if other[:-1] == key[:-1]]
+    siblings = [other[-1] for other in known if _is_of(key[:-1], other[:-1])]
     near = get_close_matches(str(key[-1]), siblings, 1)
     if near:
         return f"did you mean {_dotted((*key[:-1], near[0]))}?"
@@ -230,6 +238,10 @@ def _nearest(kind: type, key: Key) -> str:
     if elsewhere:
         return f"did you mean {' or '.join(_dotted(other) for other in elsewhere)}?"
     return f"known here: {', '.join(siblings)}"
+
+
+def _is_of(key: Key, known: tuple[str, ...]) -> bool:
+    return len(key) == len(known) and all(one in (other, NAMED) for one, other in zip(known, key, strict=True))
 
 
 def _resolved(tables: Any, location: Key) -> Key:

@@ -82,3 +82,9 @@ class CheckpointError(SegkdError, ValueError):
     """A checkpoint cannot be read or does not belong to this run."""
 
     exit_status = 1
+
+
+class RecordError(SegkdError, ValueError):
+    """A record of a finished run cannot be read, or is of another run than the one asked for."""
+
+    exit_status = 1

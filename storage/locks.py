@@ -1,4 +1,4 @@
-"""Keeps the repair of a cache apart from whoever writes to it.
+"""Keeps processes apart that must not work on one folder together: the repair of a cache from whoever writes to it.
 
 Units need no lock: attempts at one unit do not harm each other. A repair does what nobody else does, it takes finished
 units out again, so while one is at work nobody else may publish or seal. The lock is the process's and ends with it: it
@@ -20,23 +20,37 @@ _NOT_SUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
-def at_work(root: Path, *, alone: bool) -> Iterator[None]:
-    """Holds an advisory lock on a cache's folder: a repair ``alone``, those that write units together.
+def locked(folder: Path, *, alone: bool) -> Iterator[None]:
+    """Holds an advisory lock on a folder, ``alone`` or together with others.
 
-    Raises CacheError where it is held otherwise. A file system that knows no such locks goes without.
+    Raises BlockingIOError where it is held otherwise. A file system that knows no such locks goes without.
     """
-    descriptor = os.open(root, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            others = "another segkd cache repair or teacher-cache" if alone else "segkd cache repair"
-            raise CacheError(
-                f"{others} is at work on {root}; wait until it has ended, then run the same command again"
-            ) from error
+        except BlockingIOError:
+            raise
         except OSError as error:
             if error.errno not in _NOT_SUPPORTED:
                 raise
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def at_work(root: Path, *, alone: bool) -> Iterator[None]:
+    """Holds the lock of a cache's folder: a repair ``alone``, those that write units together.
+
+    Raises CacheError where it is held otherwise.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(root, alone=alone))
+        except BlockingIOError as error:
+            others = "another segkd cache repair or teacher-cache" if alone else "segkd cache repair"
+            raise CacheError(
+                f"{others} is at work on {root}; wait until it has ended, then run the same command again"
+            ) from error
+        yield

@@ -44,6 +44,11 @@ class Outer:
     student: Inner | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Several:
+    arms: dict[str, Data] = field(default_factory=dict)
+
+
 GOOD: dict[str, Any] = {"data": {"root": "here"}}
 
 
@@ -94,6 +99,19 @@ def test_defaults_and_conversions() -> None:
 )
 def test_messages(tables: dict[str, Any], expected: str) -> None:
     assert message(GOOD | tables) == expected
+
+
+def test_tables_that_the_run_file_names() -> None:
+    assert parse(Several, {"arms": {"one": {"root": "r"}}}).arms == {"one": Data(root="r")}
+    assert [(setting.key, setting.table) for setting in settings(Several)] == [
+        (("arms",), None),
+        (("arms", "<name>"), Data),
+        (("arms", "<name>", "root"), None),
+        (("arms", "<name>", "labels"), None),
+    ]
+    with pytest.raises(ConfigError) as caught:
+        parse(Several, {"arms": {"one": {"rot": "r", "root": "r"}}}, place="run.toml")
+    assert str(caught.value) == 'run.toml: arms.one.rot = "r": there is no such key; did you mean arms.one.root?'
 
 
 def test_all_problems_are_stated_together() -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from segkd.pipeline.data.config import DataConfig
-from segkd.pipeline.data.sample import Classes, DataSource, Role, with_role
+from segkd.pipeline.data.sample import Classes, DataSource, Role, Sample, with_role
 from segkd.pipeline.evaluation.cached import CachedTeacher
-from segkd.pipeline.evaluation.scores import Predict, Scores, score
+from segkd.pipeline.evaluation.metrics import ConfusionMatrix
+from segkd.pipeline.evaluation.scores import OnSample, Predict, Scores, score
 from segkd.pipeline.evaluation.speed import Latency, count_flops, count_parameters, latency
 from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.models.predictor import Precision, Predictor
@@ -100,13 +101,19 @@ def data_of_checkpoint(path: str | Path) -> DataConfig:
 
 
 def evaluate_network(
-    predictor: Predictor, source: DataSource, role: Role, *, speed: bool = False, progress: Progress = SILENT
+    predictor: Predictor,
+    source: DataSource,
+    role: Role,
+    *,
+    speed: bool = False,
+    on_sample: OnSample | None = None,
+    progress: Progress = SILENT,
 ) -> Evaluation:
     """Scores a network on the samples of a role; with ``speed`` it is timed too, at the size of the first of them.
 
-    Raises DataError, NetworkError, NonFiniteError.
+    ``on_sample``: see :func:`segkd.pipeline.evaluation.scores.score`. Raises DataError, NetworkError, NonFiniteError.
     """
-    scores = _scored(lambda sample, image: predictor.predict([image], [sample.id]), source, role, progress)
+    scores = _scored(lambda sample, image: predictor.predict([image], [sample.id]), source, role, progress, on_sample)
     height, width = source.size(with_role(source, role)[0])
     shape, _, _ = placement(height, width, predictor.config.preprocessing)
     cost = Cost(
@@ -124,12 +131,20 @@ def evaluate_cache(cache: CacheReader, source: DataSource, role: Role, *, progre
     return Evaluation(role=role, scores=scores, cost=None)
 
 
-def _scored(predict: Predict, source: DataSource, role: Role, progress: Progress) -> Scores:
+def _scored(
+    predict: Predict, source: DataSource, role: Role, progress: Progress, on_sample: OnSample | None = None
+) -> Scores:
     samples = with_role(source, role)
     if not samples:
         raise DataError(_none_to_score(source, role))
     with progress.task(f"scoring {role}", len(samples)) as task:
-        return score(predict, source, samples, on_sample=lambda *_: task.advance())
+
+        def scored(sample: Sample, confusion: ConfusionMatrix) -> None:
+            task.advance()
+            if on_sample is not None:
+                on_sample(sample, confusion)
+
+        return score(predict, source, samples, on_sample=scored)
 
 
 def _none_to_score(source: DataSource, role: Role) -> str:

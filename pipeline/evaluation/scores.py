@@ -27,6 +27,9 @@ from segkd.storage.geometry import Mapping
 Predict = Callable[[Sample, npt.NDArray[np.uint8]], tuple[Tensor, Mapping]]
 """A sample and its image ``(H, W, 3)`` -> log-probabilities or logits ``(1, C, h, w)`` and where their cells lie."""
 
+OnSample = Callable[[Sample, ConfusionMatrix], None]
+"""Hears of each sample that was scored, with its own confusion matrix."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scores:
@@ -114,7 +117,7 @@ def score(
     source: DataSource,
     samples: Sequence[Sample],
     *,
-    on_sample: Callable[[Sample, ConfusionMatrix], None] | None = None,
+    on_sample: OnSample | None = None,
 ) -> Scores:
     """Score ``predict`` on ``samples``, all of which need labels.
 

@@ -13,6 +13,7 @@ from segkd.storage.differences import difference, leaves
 from segkd.storage.errors import CheckpointError
 
 HARMLESS = (
+    "ablate",
     "teacher",
     "cache",
     "data.root",
@@ -49,7 +50,7 @@ def require_same(held: Description, now: Description, path: Path) -> None:
         if key.startswith("fingerprints.")
         else difference(key, before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _is_harmless(key)
+        if before.get(key) != after.get(key) and not is_harmless(key)
     ]
     differing += ["the classes"] if held.classes != now.classes else []
     differing += ["the samples (their lists, or what their images show)"] if held.samples != now.samples else []
@@ -60,5 +61,6 @@ def require_same(held: Description, now: Description, path: Path) -> None:
         )
 
 
-def _is_harmless(key: str) -> bool:
+def is_harmless(key: str) -> bool:
+    """Whether a setting, by its dotted key, may change without the run being another one."""
     return any(key == name or key.startswith(f"{name}.") for name in HARMLESS)

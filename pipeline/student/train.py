@@ -21,12 +21,14 @@ from segkd.pipeline.data.batch import Batch
 from segkd.pipeline.data.stream import TrainStream, loader
 from segkd.pipeline.device import find_device
 from segkd.pipeline.evaluation.scores import score
+from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.models.predictor import Predictor
 from segkd.pipeline.models.references import described, load_network
 from segkd.pipeline.progress import SILENT, Progress, Task
 from segkd.pipeline.settings import to_dict
 from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.checkpoint import MODEL, Best, Description, independent
+from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.folder import RunFolder
 from segkd.pipeline.student.inputs import Inputs, open_inputs
 from segkd.pipeline.student.resuming import last_checkpoint, require_same
@@ -81,20 +83,24 @@ def train(
         )
         if held is not None:
             require_same(held[0], fresh, folder.last)
-        torch.manual_seed(config.seed)
-        network = load_network(student, len(inputs.source.classes))
-        trainer = Trainer(
-            network,
-            config,
-            inputs.objective,
-            device=device,
-            cache=inputs.cache,
-            class_weights=inputs.class_weights,
-        )
+        trainer = begin(student, inputs, config, device)
         if held is not None:
             trainer.restore(held[1], held[0].scaler, str(folder.last))
         with StopRequest() as stop:
             return _Training(inputs, trainer, folder, held[0] if held else fresh, stop, progress).run()
+
+
+def begin(student: NetworkConfig, inputs: Inputs, config: TrainConfig, device: torch.device) -> Trainer:
+    """A network before its first step, as the seed makes it: sets the random state of torch."""
+    torch.manual_seed(config.seed)
+    return Trainer(
+        load_network(student, len(inputs.source.classes)),
+        config,
+        inputs.objective,
+        device=device,
+        cache=inputs.cache,
+        class_weights=inputs.class_weights,
+    )
 
 
 class _Clock:

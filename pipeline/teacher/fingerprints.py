@@ -41,7 +41,7 @@ def fingerprints(
         "teacher": _digest(description),
         "weights": weights_digest(network),
         # What a Python file computes, or a frozen program has for weights, no tensor tells.
-        "code": _digest(_code(reference)),
+        "code": _digest(code_of(reference)),
         "preprocessing": _digest(preprocessing),
         "classes": _digest({"data": classes.names, **channels}),
         "coding": _digest([target.to_dict() for target in targets]),
@@ -53,7 +53,7 @@ def portable(config: NetworkConfig) -> dict[str, Any]:
     table = asdict(config)
     table["reference"] = _file_name(config.reference)
     table["init"] = None if config.init is None else _file_name(config.init)
-    table["arguments"] = {name: _content(value) for name, value in config.arguments.items()}
+    table["arguments"] = {name: content_of(value) for name, value in config.arguments.items()}
     return table
 
 
@@ -66,14 +66,14 @@ def weights_digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _code(reference: str) -> Any:
+def code_of(reference: str) -> Any:
     """What a reference names: a file, or the source file of an importable module, where it has one; by content."""
     origin = reference.rpartition(":")[0] or reference
     module = sys.modules.get(origin) if ":" in reference else None
-    return _content(getattr(module, "__file__", None) or origin)
+    return content_of(getattr(module, "__file__", None) or origin)
 
 
-def _content(value: Any) -> Any:
+def content_of(value: Any) -> Any:
     """A file's name and digest instead of its path; anything else as it is."""
     if isinstance(value, str) and Path(value).is_file():
         with Path(value).open("rb") as file:

@@ -1,0 +1,181 @@
+"""From records to the rows of a table and to gains: paired differences of two arms that differ in one thing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from segkd.pipeline.ablation.arms import Arm
+from segkd.pipeline.ablation.config import AblateConfig
+from segkd.pipeline.ablation.ledger import RunRecord
+from segkd.pipeline.ablation.statistics import Floats, Interval, Mean, Verdict, bootstrap, mean_of, paired_t, tallies
+
+Records = Mapping[str, Mapping[int, RunRecord]]
+"""By arm and seed."""
+
+METRICS = ("miou", "macc", "aacc", "boundary_miou")
+
+PAIRS: tuple[tuple[str, str, str], ...] = (
+    ("zero", "alone", "zero-order knowledge"),
+    ("first", "alone", "first-order knowledge"),
+    ("zero-first", "zero", "first-order knowledge, beside zero-order"),
+    ("auxiliary-zero", "zero", "auxiliary images in place of labelled ones"),
+    ("auxiliary-zero-first", "zero-first", "auxiliary images in place of labelled ones, with first-order"),
+    ("auxiliary-zero-first", "auxiliary-zero", "first-order knowledge, with auxiliary images"),
+    ("auxiliary-zero", "pseudo-labels", "the teacher's distributions in place of its argmax"),
+    ("alone-augmented", "alone", "the auxiliary arms' photometric strength"),
+    ("alone-longer", "alone", "the time of distillation, spent on training"),
+    ("label-smoothing", "alone", "label smoothing"),
+    ("auxiliary-zero-first", "alone", "distillation as a whole"),
+    ("auxiliary-zero-first", "alone-longer", "distillation as a whole, at its own cost in time"),
+)
+"""Later arm, earlier arm, what they differ in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An arm over its seeds."""
+
+    arm: str
+    seeds: tuple[int, ...]
+    metrics: dict[str, Mean | None]
+    """Of each of :data:`METRICS` on role report, in percent; None where a seed has none."""
+    select_miou: Mean | None
+    steps: int
+    labelled: int
+    """Labelled images seen, counted each time; of one run."""
+    auxiliary: int
+    parameters: int
+    flops: int
+    shape: tuple[int, int]
+    latency_ms: float
+    """Median over the seeds of the median over the passes."""
+    seconds: float
+    """Of training, mean over the seeds."""
+    damaged: int
+    """The most samples that a seed had to learn without, because the cache was damaged."""
+    unmatched: tuple[str, ...]
+    """What is not at matched compute."""
+    settings: tuple[str, ...]
+    gap_closed: float | None
+    """Share of the gap between "alone" and the upper bound, both at the seeds of this arm; None without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """A paired difference in mIoU."""
+
+    later: str
+    earlier: str
+    what: str
+    seeds: tuple[int, ...]
+    differences: tuple[float, ...]
+    """A seed each."""
+    mean: float
+    over_seeds: Interval | None
+    seeds_verdict: Verdict
+    over_images: Interval | None
+    images_verdict: Verdict
+    matched: bool
+    """Whether both arms are at matched compute."""
+
+
+def rows(arms: Mapping[str, Arm], records: Records, config: AblateConfig) -> list[Row]:
+    """A row for each arm that has a record."""
+    return [_row(arm, records, config.upper) for arm in arms.values() if records.get(arm.name)]
+
+
+def gains(arms: Mapping[str, Arm], records: Records, config: AblateConfig) -> list[Gain]:
+    """The gains of the pairs of which both arms have a seed in common, an own arm's over its ``like`` last."""
+    own = [(arm.name, arm.like, "its own settings") for arm in arms.values() if arm.like is not None]
+    pairs = [pair for pair in (*PAIRS, *own) if pair[0] in arms and pair[1] in arms]
+    # Once a record, not once a pair: a data set of many classes has large matrices.
+    tallied = {
+        arm: {seed: tallies(record.images.counts()) for seed, record in records.get(arm, {}).items()}
+        for arm in {arm for later, earlier, _ in pairs for arm in (later, earlier)}
+    }
+    found = (_gain(pair, arms, records, tallied, config) for pair in pairs)
+    return [gain for gain in found if gain is not None]
+
+
+def _row(arm: Arm, records: Records, upper: str) -> Row:
+    by_seed = dict(sorted(records[arm.name].items()))
+    runs = list(by_seed.values())
+    first = runs[0]
+    return Row(
+        arm=arm.name,
+        seeds=tuple(by_seed),
+        metrics={metric: _mean([run.report[metric] for run in runs]) for metric in METRICS},
+        select_miou=_mean([None if run.select is None else run.select["miou"] for run in runs]),
+        steps=first.steps,
+        labelled=first.seen.labelled,
+        auxiliary=first.seen.auxiliary,
+        parameters=first.cost["parameters"],
+        flops=first.cost["flops"],
+        shape=(first.cost["shape"][0], first.cost["shape"][1]),
+        latency_ms=float(np.median([run.cost["latency"]["p50_ms"] for run in runs])),
+        seconds=float(np.mean([run.seconds for run in runs])),
+        damaged=max(run.damaged for run in runs),
+        unmatched=arm.unmatched,
+        settings=arm.settings,
+        gap_closed=_gap_closed(arm.name, records, upper),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> Mean | None:
+    present = [value for value in values if value is not None]
+    return mean_of(present) if len(present) == len(values) else None
+
+
+def _gap_closed(arm: str, records: Records, upper: str) -> float | None:
+    """``(arm - alone) / (upper - alone)`` of means over the seeds that all three have; None for no gap to close."""
+    three = [records.get(name, {}) for name in (arm, "alone", upper)]
+    seeds = set.intersection(*map(set, three))
+    scores = [[runs[seed].report["miou"] for seed in sorted(seeds)] for runs in three]
+    if not seeds or any(None in of_arm for of_arm in scores):
+        return None
+    reached, alone, most = map(float, np.mean(scores, 1))
+    return (reached - alone) / (most - alone) if most > alone else None
+
+
+def _gain(
+    pair: tuple[str, str, str],
+    arms: Mapping[str, Arm],
+    records: Records,
+    tallied: Mapping[str, Mapping[int, Floats]],
+    config: AblateConfig,
+) -> Gain | None:
+    later, earlier, what = pair
+    seeds = sorted(records.get(later, {}).keys() & records.get(earlier, {}).keys())
+    both = [(records[later][seed], records[earlier][seed]) for seed in seeds]
+    scores = [(after.report["miou"], before.report["miou"]) for after, before in both]
+    if not seeds or any(None in score for score in scores):
+        return None
+    differences = [after - before for after, before in scores]
+    over_seeds = paired_t(differences)
+    over_images = bootstrap(
+        [tallied[later][seed] for seed in seeds],
+        [tallied[earlier][seed] for seed in seeds],
+        both[0][0].images.groups,
+        block=config.block,
+        resamples=config.resamples,
+    )
+    return Gain(
+        later=later,
+        earlier=earlier,
+        what=what,
+        seeds=tuple(seeds),
+        differences=tuple(differences),
+        mean=mean_of(differences).mean,
+        over_seeds=over_seeds,
+        seeds_verdict=_verdict(over_seeds, config.margin),
+        over_images=over_images,
+        images_verdict=_verdict(over_images, config.margin),
+        matched=not (arms[later].unmatched or arms[earlier].unmatched),
+    )
+
+
+def _verdict(interval: Interval | None, margin: float) -> Verdict:
+    return "undecided" if interval is None else interval.verdict(margin)

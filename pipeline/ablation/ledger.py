@@ -1,0 +1,160 @@
+"""The ledger: a folder of small JSON files, one a finished run, and what a sweep has settled once for all.
+
+It holds all that tables are made of, so it can be committed and taken up by another checkout: what is done is not done
+again, wherever it was done.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from segkd.pipeline.ablation.identity import content_digest, differences
+from segkd.pipeline.settings import parse, to_dict
+from segkd.pipeline.student.checkpoint import write_atomically
+from segkd.storage.errors import ConfigError, RecordError
+
+FORMAT = "segkd-run-record"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """What a network has made of each image of role report."""
+
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    """The sequence or scene of each."""
+    classes: tuple[str, ...]
+    confusions: str
+    """Base64 of zlib of little-endian int32 (image, label, prediction): a confusion matrix an image."""
+
+    @classmethod
+    def of(
+        cls, ids: Sequence[str], groups: Sequence[str], classes: Sequence[str], confusions: Sequence[npt.NDArray[Any]]
+    ) -> Images:
+        """Packs them. An image has fewer than 2^31 pixels."""
+        counts = np.stack(confusions).astype("<i4")
+        packed = base64.b64encode(zlib.compress(counts.tobytes(), 9)).decode()
+        return cls(ids=tuple(ids), groups=tuple(groups), classes=tuple(classes), confusions=packed)
+
+    def counts(self) -> npt.NDArray[np.int32]:
+        """N,C,C: rows are labels, columns predictions."""
+        size = len(self.classes)
+        flat = np.frombuffer(zlib.decompress(base64.b64decode(self.confusions, validate=True)), "<i4")
+        return flat.reshape(len(self.ids), size, size)
+
+    def __post_init__(self) -> None:
+        try:
+            fits = len(self.groups) == len(self.counts())
+        except (ValueError, zlib.error):
+            fits = False
+        if not fits:
+            raise ConfigError("expected as many groups and confusion matrices as ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """Images that a run has drawn, counted each time."""
+
+    labelled: int
+    auxiliary: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What is left of a finished run. Scores are of the averaged network of the last step."""
+
+    arm: str
+    seed: int
+    digest: str
+    """SHA-256 of the identity."""
+    identity: dict[str, Any]
+    """See :func:`segkd.pipeline.ablation.identity.identity_of`."""
+    report: dict[str, Any]
+    """Scores on role report, as :meth:`segkd.pipeline.evaluation.scores.Scores.to_dict` gives them."""
+    select: dict[str, Any] | None
+    """Those on role select; None where there is none."""
+    images: Images
+    """Role report, image by image."""
+    steps: int
+    seen: Seen
+    damaged: int
+    """Samples that were learned from without the teacher's knowledge, because the cache was damaged."""
+    cost: dict[str, Any]
+    """Parameters, FLOPs with shape, latency; as :class:`segkd.pipeline.evaluation.evaluate.Cost` has them."""
+    seconds: float
+    """That training took: steps and the wait for their batches, not validation."""
+    versions: dict[str, str]
+    device: str
+    threads: int
+    format: str = FORMAT
+    version: int = VERSION
+
+
+class Ledger:
+    """The records of a folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.plan = self.folder / "plan.json"
+
+    def path(self, arm: str, seed: int) -> Path:
+        """Where the record of a run stands."""
+        return self.folder / f"{arm}.seed-{seed}.json"
+
+    def load(self, arm: str, seed: int, identity: dict[str, Any]) -> RunRecord | None:
+        """The record of a run; None where it is not done. Raises RecordError for a record of another run."""
+        path = self.path(arm, seed)
+        if not path.exists():
+            return None
+        record = parse(RunRecord, _read(path), place=str(path))
+        if record.digest != content_digest(identity):
+            different = differences(record.identity, identity) or ["its digest alone: the file was changed"]
+            raise RecordError(
+                f"{path} is the record of a run that differs in {', '.join(different)}; "
+                "name another folder in ablate.ledger, or remove the record to run it again"
+            )
+        return record
+
+    def save(self, record: RunRecord) -> None:
+        """Writes a record, whole or not at all. Raises CheckpointError for a disk that is full or read-only."""
+        text = json.dumps(to_dict(record), indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomically(self.path(record.arm, record.seed), f"{text}\n".encode())
+
+    def settled(self) -> dict[str, Any] | None:
+        """What the sweep has settled; None before. Raises RecordError."""
+        return _read(self.plan) if self.plan.exists() else None
+
+    def settle(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """Settles it, unless another task was first: then what that one has settled. It is never changed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        written = self.folder / f".plan.{os.getpid()}.json"
+        write_atomically(written, (json.dumps(plan, indent=1) + "\n").encode())
+        try:
+            os.link(written, self.plan)
+        except FileExistsError:
+            return _read(self.plan)
+        finally:
+            written.unlink()
+        return plan
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not JSON in UTF-8"
+        raise RecordError(f"{path}: cannot be read: {reason}; restore it, or remove it to run it again") from None
+    if not isinstance(document, dict):
+        raise RecordError(f"{path}: not a JSON object; restore it, or remove it to run it again")
+    return document

@@ -1,0 +1,282 @@
+"""``segkd ablate``: from a run file to arms x seeds, what of them is done, and their table."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from segkd.pipeline.ablation.arms import Arm, resolve_arms
+from segkd.pipeline.ablation.gains import Records, gains, rows
+from segkd.pipeline.ablation.identity import Held, identity_of, read_held
+from segkd.pipeline.ablation.ledger import Ledger, RunRecord
+from segkd.pipeline.ablation.longer import measure_longer
+from segkd.pipeline.ablation.processes import run_jobs
+from segkd.pipeline.ablation.table import Results
+from segkd.pipeline.ablation.worker import Job
+from segkd.pipeline.config import RunConfig
+from segkd.pipeline.data.contamination import find_twins
+from segkd.pipeline.data.readers import open_data
+from segkd.pipeline.data.sample import SCORED, DataSource, Role, with_role
+from segkd.pipeline.progress import SILENT, Progress
+from segkd.pipeline.settings import to_dict
+from segkd.pipeline.student import checkpoint
+from segkd.pipeline.student.checkpoint import write_atomically
+from segkd.pipeline.student.leaks import find_label_leaks, teacher_checkpoint
+from segkd.pipeline.teacher.division import Share
+from segkd.storage.differences import difference
+from segkd.storage.errors import CheckpointError, ConfigError, ContaminationError, DataError
+from segkd.storage.reader import CacheReader
+
+logger = logging.getLogger("segkd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A sweep's runs, and which of them are done."""
+
+    run: RunConfig
+    output: Path
+    arms: Mapping[str, Arm]
+    jobs: tuple[Job, ...]
+    """All runs: every arm with the first seed, then with the second."""
+    records: Records
+    """Of those that are done."""
+    stamps: tuple[str, ...]
+    """What every table must say."""
+    unmeasured: bool
+    """Whether "alone-longer" is left out because its length is measured when the sweep begins."""
+
+    def state(self, job: Job) -> str:
+        """``done``, ``begun`` or ``pending``."""
+        if job.seed in self.records.get(job.arm, {}):
+            return "done"
+        return "begun" if (job.folder / "last.safetensors").exists() else "pending"
+
+    def listing(self) -> dict[str, Any]:
+        """The runs, for ``--print-plan``."""
+        return {
+            "arms": {
+                arm.name: {"set": list(arm.settings), "unmatched": list(arm.unmatched)} for arm in self.arms.values()
+            },
+            "runs": [
+                {"number": number, "arm": job.arm, "seed": job.seed, "state": self.state(job)}
+                for number, job in enumerate(self.jobs)
+            ],
+            "unmeasured": ["alone-longer"] if self.unmeasured else [],
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        lines = []
+        for arm in self.arms.values():
+            settings = " ".join(f"--set {shlex.quote(text)}" for text in arm.settings)
+            lines.append(f"{arm.name}: {settings or 'the run file as it is'}")
+            lines += [f"  not at matched compute: {what}" for what in arm.unmatched]
+        if self.unmeasured:
+            lines.append("alone-longer: how much longer is measured when the sweep begins")
+        lines += [f"{number:4}  {self.state(job):8}{job}" for number, job in enumerate(self.jobs)]
+        done = sum(self.state(job) == "done" for job in self.jobs)
+        return [*lines, f"{done} of {len(self.jobs)} runs are done"]
+
+
+def plan_sweep(run: RunConfig, output: str | Path, *, measure: bool = True, progress: Progress = SILENT) -> Sweep:
+    """The runs of a sweep. With ``measure``, what is settled once a sweep is settled if it is not yet.
+
+    Raises ConfigError for arms that the run file cannot make, ContaminationError where select and report share images,
+    RecordError for a record of another run, and what opening data and caches raises.
+    """
+    output = Path(output)
+    ledger = Ledger(run.ablate.ledger or output / "ledger")
+    opened = _Opened(progress)
+    stamps = _check_roles(run, *opened.data(run))
+    stamps += _check_labels(resolve_arms(run, run.ablate.longer or None).values(), opened)
+    longer = _longer(run, ledger, measure)
+    arms = {name: opened.marked(arm, run) for name, arm in resolve_arms(run, longer).items()}
+    jobs = []
+    for seed in run.ablate.seeds:
+        for arm in arms.values():
+            seeded = replace(arm.run, train=replace(arm.run.train, seed=seed))
+            jobs.append(
+                Job(
+                    arm=arm.name,
+                    seed=seed,
+                    run=seeded,
+                    distill=arm.distills,
+                    identity=opened.identity(arm, seeded),
+                    folder=output / arm.name / f"seed-{seed}",
+                    ledger=ledger.folder,
+                )
+            )
+    return Sweep(
+        run=run,
+        output=output,
+        arms=arms,
+        jobs=tuple(jobs),
+        records=_records(jobs),
+        stamps=stamps,
+        unmeasured=longer is None and _has_longer(run),
+    )
+
+
+def ablate(sweep: Sweep, *, processes: int = 1, share: Share | None = None, progress: Progress = SILENT) -> Results:
+    """Does what of a sweep is not done, or this task's share of it, and compares all that is done by then.
+
+    Writes ``table.md`` and ``results.json`` into the output folder. Raises KeyboardInterrupt with how to go on.
+    """
+    mine = [job for number, job in enumerate(sweep.jobs) if share is None or share.owns(number)]
+    left = [job for job in mine if sweep.state(job) != "done"]
+    if share is not None:
+        logger.info("%s (%s): %d of %d runs, %d to do", share, share.origin, len(mine), len(sweep.jobs), len(left))
+    failures = run_jobs(left, processes=processes, progress=progress, done=len(mine) - len(left))
+    # Whatever other tasks have done meanwhile counts too.
+    now = replace(sweep, records=_records(sweep.jobs))
+    results = Results(
+        rows=tuple(rows(now.arms, now.records, now.run.ablate)),
+        gains=tuple(gains(now.arms, now.records, now.run.ablate)),
+        records=tuple(record for of_arm in now.records.values() for record in of_arm.values()),
+        config=now.run.ablate,
+        stamps=now.stamps,
+        failures={str(job): why for job, why in failures.items()},
+        missing=tuple(str(job) for job in now.jobs if now.state(job) != "done"),
+    )
+    write_atomically(sweep.output / "results.json", (json.dumps(results.to_dict(), indent=1) + "\n").encode())
+    write_atomically(sweep.output / "table.md", (results.markdown() + "\n").encode())
+    return results
+
+
+def _records(jobs: Sequence[Job]) -> Records:
+    """What the ledger has of these runs. Raises RecordError for a record of another run."""
+    records: dict[str, dict[int, RunRecord]] = {}
+    for job in jobs:
+        record = Ledger(job.ledger).load(job.arm, job.seed, job.identity)
+        if record is not None:
+            records.setdefault(job.arm, {})[job.seed] = record
+    return records
+
+
+class _Opened:
+    """Data sets and caches of a sweep, each opened once."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._data: dict[str, tuple[DataSource, Held]] = {}
+        self._fingerprints: dict[str, dict[str, str]] = {}
+
+    def data(self, run: RunConfig) -> tuple[DataSource, Held]:
+        """The run's data set and what its samples hold."""
+        key = json.dumps(to_dict(run.data), sort_keys=True)
+        if key not in self._data:
+            source = open_data(run.data)
+            self._data[key] = source, read_held(source, self._progress)
+        return self._data[key]
+
+    def marked(self, arm: Arm, base: RunConfig) -> Arm:
+        """The arm, with what its samples have otherwise than the run file's among what is not matched.
+
+        Raises ConfigError for an arm that reports on other samples.
+        """
+        drawn = [Role.TRAIN, *([Role.AUXILIARY] if arm.run.train.auxiliary else [])]
+        (before, held_before), (after, held_after) = self.data(base), self.data(arm.run)
+        others = [
+            role for role in (*drawn, Role.REPORT) if held_before.digest(before, role) != held_after.digest(after, role)
+        ]
+        if Role.REPORT in others:
+            raise ConfigError(
+                f"arm {arm.name} reports on other samples than the run file, so nothing compares with it; "
+                "leave role report as it is"
+            )
+        marks = (
+            difference(f"samples of role {role}", len(with_role(before, role)), len(with_role(after, role)))
+            for role in others
+        )
+        return replace(arm, unmatched=(*arm.unmatched, *marks))
+
+    def identity(self, arm: Arm, run: RunConfig) -> dict[str, Any]:
+        """Of a run of the arm."""
+        path = run.cache.path
+        if arm.distills and path not in self._fingerprints:
+            self._fingerprints[path] = dict(CacheReader(path).spec.fingerprints)
+        source, held = self.data(run)
+        return identity_of(arm, run, source, held, self._fingerprints.get(path, {}))
+
+
+def _has_longer(run: RunConfig) -> bool:
+    own = (arm.like for arm in run.ablate.arms.values())
+    return "alone-longer" in (*run.ablate.ladder, *own)
+
+
+def _longer(run: RunConfig, ledger: Ledger, measure: bool) -> float | None:
+    """The factor of "alone-longer": as set, or as settled, or as it is measured now; None without any."""
+    if not _has_longer(run):
+        return None
+    fixed, settled = run.ablate.longer, ledger.settled()
+    if settled is not None and fixed and settled["longer"] != fixed:
+        raise ConfigError(
+            f"ablate.longer is {fixed:g}, but {ledger.plan} has settled on {settled['longer']:g}; "
+            "leave it out, or name another folder in ablate.ledger"
+        )
+    if settled is None and fixed:
+        return fixed
+    if settled is None and measure:
+        settled = ledger.settle(measure_longer(run))
+    return None if settled is None else float(settled["longer"])
+
+
+def _check_roles(run: RunConfig, source: DataSource, held: Held) -> tuple[str, ...]:
+    """What tables must say of the roles. Raises DataError without samples to report, ContaminationError."""
+    report = with_role(source, Role.REPORT)
+    if not report:
+        raise DataError("the data have no sample of role report, so there is nothing to compare arms on; give it some")
+    shared = find_twins(with_role(source, *SCORED), held.contents).shared
+    if not shared:
+        return ()
+    if not run.ablate.allow_shared_select:
+        first = shared[0]
+        raise ContaminationError(
+            f"role select and role report share {len(shared)} images, the first {first.other.id!r} and "
+            f"{first.sample.id!r}: what is chosen on report is no result on report; remove them from one of the roles, "
+            "or set ablate.allow_shared_select = true, and every table will say so"
+        )
+    return (
+        f"Role select and role report share {len(shared)} of {len(report)} images: "
+        "what was chosen was chosen on what is reported.",
+    )
+
+
+def _check_labels(arms: Iterable[Arm], opened: _Opened) -> tuple[str, ...]:
+    """What tables must say of the labels that networks have seen before the sweep.
+
+    Raises ContaminationError where a teacher, or what a student begins with, has learned a label that it must not know.
+    """
+    unknown: dict[str, None] = {}
+    checked = set()
+    for arm in arms:
+        source, held = opened.data(arm.run)
+        teacher = teacher_checkpoint(arm.run) if arm.distills else None
+        if arm.distills and teacher is None:
+            unknown["the teacher is no checkpoint that is here"] = None
+        for path in filter(None, (teacher, *_beginnings(arm.run))):
+            if (path, id(source)) in checked:
+                continue
+            checked.add((path, id(source)))
+            try:
+                leaks = find_label_leaks(path, source, held.contents)
+            except CheckpointError as error:
+                unknown[str(error)] = None
+                continue
+            if leaks:
+                raise ContaminationError(leaks.describe(source))
+    return tuple(f"Which labels were learned before is not known: {why}." for why in unknown)
+
+
+def _beginnings(run: RunConfig) -> Iterator[Path]:
+    """The checkpoints that the student begins with."""
+    student = run.the_student()
+    for path in map(Path, filter(None, (student.reference, student.init))):
+        if path.suffix == checkpoint.SUFFIX and path.is_file():
+            yield path

@@ -1,0 +1,320 @@
+"""A miniature sweep on built-in scenes: killed, interrupted, divided, taken up elsewhere; its table."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from segkd.cli.main import main
+from segkd.pipeline.ablation.gains import gains, rows
+from segkd.pipeline.ablation.ledger import Images, RunRecord
+from segkd.pipeline.ablation.sweep import plan_sweep
+from segkd.pipeline.ablation.table import Results
+from segkd.pipeline.ablation.worker import perform
+from segkd.pipeline.config import load
+from segkd.pipeline.data.readers import open_data
+from segkd.pipeline.data.sample import Role
+from segkd.pipeline.evaluation.evaluate import described_predictor, evaluate_network
+from segkd.pipeline.models.references import load_network
+from segkd.pipeline.student import checkpoint
+from segkd.pipeline.teacher.cache import teacher_cache
+from segkd.storage.errors import RecordError
+from segkd.storage.locks import locked
+
+NETWORK = '''
+"""A small student that stops its own sweep at the third step, once, when it is asked to."""
+import os, signal, time
+from pathlib import Path
+from torch import nn
+
+
+class Small(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 5, 4, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, num_classes, 1))
+        self.calls = 0
+
+    def forward(self, images):
+        self.calls += self.training
+        if self.calls == 3 and "ACT" in os.environ and not (mark := Path(os.environ["MARK"])).exists():
+            mark.touch()
+            if os.environ["ACT"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(5)
+        return self.body(images)
+'''
+
+RUN = """
+[data]
+reader = "scenes"
+[data.scenes]
+size = [48, 64]
+train = 5
+auxiliary = 4
+select = 2
+report = 6
+
+[teacher]
+reference = "deeplab-mobilenetv1"
+arguments = {{ width = 0.25 }}
+
+[cache]
+path = "{folder}/cache.zarr"
+roles = ["train", "auxiliary"]
+
+[student]
+reference = "{folder}/network.py:Small"
+stride = 4
+
+[augment]
+crop = [32, 48]
+
+[train]
+steps = 8
+labelled = 2
+auxiliary = 2
+warmup = 2
+ema = 0.5
+validate_every = 0
+checkpoint_every = 2
+log_every = 2
+threads = 1
+device = "cpu"
+
+[ablate]
+ladder = ["alone", "auxiliary-zero-first"]
+seeds = [0, 1]
+block = 2
+"""
+ARMS, SEEDS = ("alone", "auxiliary-zero-first"), (0, 1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run file, its student and its cache."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "network.py").write_text(NETWORK)
+    (folder / "run.toml").write_text(RUN.format(folder=folder))
+    teacher_cache(load(folder / "run.toml"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> Path:
+    """The same folder, with every run done in ``out``, one after the other in this process."""
+    for job in plan_sweep(load(place / "run.toml"), place / "out").jobs:
+        perform(job)
+    return place
+
+
+def segkd(place: Path, *words: str | Path) -> Result:
+    return CliRunner().invoke(main, ["ablate", "-c", str(place / "run.toml"), *map(str, words)])
+
+
+def records(ledger: Path) -> dict[str, dict[str, Any]]:
+    """All records, without what a clock said."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(ledger.iterdir())}
+    for record in found.values():
+        del record["seconds"], record["cost"]["latency"]
+    return found
+
+
+def test_a_record_has_the_last_average_s_scores_on_report_and_every_image_s_matrix(undisturbed: Path) -> None:
+    run = load(undisturbed / "run.toml")
+    source = open_data(run.data)
+    for arm in ARMS:
+        folder = undisturbed / "out" / arm / "seed-1"
+        # Independently: the averaged weights, put into the network by hand.
+        description, tensors = checkpoint.load(folder / "last.safetensors")
+        assert any(name.startswith("ema.") for name in tensors)
+        predictor = described_predictor(description.network, source.classes, device=torch.device("cpu"))
+        checkpoint.load_weights(predictor.network, checkpoint.part(tensors, "ema."), folder)
+        expected = evaluate_network(predictor, source, Role.REPORT)
+        record = load_record(undisturbed, arm, 1)
+        assert record.report == expected.scores.to_dict()
+        assert record.select == evaluate_network(predictor, source, Role.SELECT).scores.to_dict()
+        counts = record.images.counts()
+        np.testing.assert_array_equal(counts.sum(0), expected.scores.confusion.counts)
+        assert record.images.ids == tuple(f"report/{number:04d}" for number in range(6))
+        assert record.images.groups[::2] == tuple(f"report-place-{number:03d}" for number in range(3))
+        assert counts.sum((1, 2)).tolist() == [48 * 64] * 6
+        labelled = 4 if arm == "alone" else 2
+        assert (record.seen.labelled, record.seen.auxiliary) == (8 * labelled, 8 * (4 - labelled))
+        assert (record.steps, record.threads, record.device, record.damaged) == (8, 1, "cpu", 0)
+        assert record.cost["parameters"] == sum(p.numel() for p in predictor.network.parameters())
+        assert record.seconds > 0
+
+
+def load_record(place: Path, arm: str, seed: int) -> RunRecord:
+    sweep = plan_sweep(load(place / "run.toml"), place / "out")
+    return sweep.records[arm][seed]
+
+
+def test_arms_of_a_seed_begin_with_the_same_weights(undisturbed: Path) -> None:
+    run = load(undisturbed / "run.toml")
+    jobs = plan_sweep(run, undisturbed / "out").jobs
+    first = {}
+    for job in jobs:
+        torch.manual_seed(job.run.train.seed)
+        network = load_network(job.run.the_student(), 12)
+        first[job.arm, job.seed] = torch.cat([p.flatten() for p in network.parameters()])
+    assert torch.equal(first[ARMS[0], 0], first[ARMS[1], 0])
+    assert not torch.equal(first[ARMS[0], 0], first[ARMS[0], 1])
+
+
+def test_a_killed_run_does_not_stop_the_others_and_goes_on_to_the_same_record(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACT", "kill")
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    broken = segkd(undisturbed, "-o", tmp_path / "out", "--jobs", "2", "-q")
+    assert broken.exit_code == 1, broken.output
+    assert len(list((tmp_path / "out" / "ledger").iterdir())) == 3
+    (failed,) = (line for line in broken.stdout.splitlines() if line.startswith("Failed: "))
+    assert "it was killed by signal 9 (log: " in failed
+    assert "Not done: 1 runs (" in broken.stdout
+    listed = segkd(undisturbed, "-o", tmp_path / "out", "--print-plan", "-q").stdout
+    assert "begun" in listed
+    assert listed.splitlines()[-1] == "3 of 4 runs are done"
+    healed = segkd(undisturbed, "-o", tmp_path / "out", "-q", "--json")
+    assert healed.exit_code == 0, healed.output
+    assert records(tmp_path / "out" / "ledger") == records(undisturbed / "out" / "ledger")
+    result = json.loads(healed.stdout)
+    assert (result["missing"], result["failures"]) == ([], {})
+    assert result == json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def test_ctrl_c_saves_what_is_under_way_and_says_how_to_go_on(undisturbed: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "segkd.cli", "ablate", "-c", undisturbed / "run.toml", "-o", tmp_path / "out", "-q"]
+    environment = os.environ | {"ACT": "interrupt", "MARK": str(tmp_path / "mark")}
+    stopped = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, check=False)
+    assert stopped.returncode == 130, stopped.stderr
+    assert stopped.stderr.endswith(
+        "Interrupted. 0 of 4 runs are done, those under way are saved; the same command goes on with them.\n"
+    )
+    folder = tmp_path / "out" / "alone" / "seed-0"
+    assert checkpoint.load(folder / "last.safetensors")[0].step == 3
+    assert "SIGTERM stopped the run after step 3 of 8" in folder.with_name("seed-0.log").read_text()
+    job = plan_sweep(load(undisturbed / "run.toml"), tmp_path / "out").jobs[0]
+    perform(job)
+    again = records(tmp_path / "out" / "ledger")
+    assert again == {"alone.seed-0": records(undisturbed / "out" / "ledger")["alone.seed-0"]}
+
+
+def test_a_ledger_is_taken_up_elsewhere(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed / "out" / "ledger", tmp_path / "ledger")
+    taken = segkd(undisturbed, "-o", tmp_path / "out", "-q", "-s", f"ablate.ledger='{tmp_path / 'ledger'}'")
+    assert taken.exit_code == 0, taken.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.json", "table.md"]
+    assert taken.stdout == (tmp_path / "out" / "table.md").read_text()
+
+
+def test_tasks_share_the_runs(undisturbed: Path, tmp_path: Path) -> None:
+    left = tmp_path / "ledger"
+    left.mkdir()
+    for name in ("alone.seed-0", "auxiliary-zero-first.seed-0", "alone.seed-1"):
+        shutil.copy(undisturbed / "out" / "ledger" / f"{name}.json", left)
+    words = ("-o", tmp_path / "out", "-s", f"ablate.ledger='{left}'")
+    idle = segkd(undisturbed, *words, "--task", "1/3")
+    assert idle.exit_code == 0, idle.output
+    assert "task 1/3 (--task 1/3): 1 of 4 runs, 0 to do" in idle.stderr
+    assert "Not done: 1 runs (auxiliary-zero-first, seed 1)." in idle.stdout
+    busy = segkd(undisturbed, *words, "--task", "0/3", "-q")
+    assert busy.exit_code == 0, busy.output
+    assert "Not done" not in busy.stdout
+    assert records(left) == records(undisturbed / "out" / "ledger")
+
+
+def test_two_processes_do_not_work_on_one_run(place: Path, tmp_path: Path) -> None:
+    job = plan_sweep(load(place / "run.toml"), tmp_path).jobs[0]
+    job.folder.mkdir(parents=True)
+    with locked(job.folder, alone=True), pytest.raises(RecordError) as caught:
+        perform(job)
+    assert str(caught.value) == (
+        f"{job.folder}: another process is at this run; leave it to that one, or stop it and go on here"
+    )
+
+
+# The table
+
+
+def made_up(place: Path, scores: dict[str, list[float]], **settings: Any) -> Results:
+    """The results of made-up scores, arm by arm and seed by seed."""
+    own = {"all": {"like": "alone", "set": ["data.scenes.train=9"]}} if "all" in scores else {}
+    text = [f"ablate.arms.{name}.set={json.dumps(arm['set'])}" for name, arm in own.items()]
+    text += [f"ablate.arms.{name}.like='{arm['like']}'" for name, arm in own.items()]
+    base = load(place / "run.toml", text)
+    run = replace(base, ablate=replace(base.ablate, seeds=tuple(range(5)), **settings))
+    sweep = plan_sweep(run, place / "out")
+    template = sweep.records["alone"][0]
+    rng = np.random.default_rng(0)
+    noise = [rng.multinomial(40, np.full(144, 1 / 144)).reshape(12, 12) for _ in range(6)]
+    found: dict[str, dict[int, RunRecord]] = {}
+    for arm, values in scores.items():
+        for seed, miou in enumerate(values):
+            confusions = [
+                np.eye(12, dtype=np.int64) * round(10 * miou) + 300 * (image > 9) + noise[image] for image in range(6)
+            ]
+            images = Images.of(template.images.ids, template.images.groups, template.images.classes, confusions)
+            report = {**template.report, "miou": miou}
+            found.setdefault(arm, {})[seed] = replace(template, arm=arm, seed=seed, report=report, images=images)
+    return Results(
+        rows=tuple(rows(sweep.arms, found, run.ablate)),
+        gains=tuple(gains(sweep.arms, found, run.ablate)),
+        records=tuple(record for of_arm in found.values() for record in of_arm.values()),
+        config=run.ablate,
+        stamps=("It must be known.",),
+        failures={},
+        missing=(),
+    )
+
+
+def test_rows_gains_and_what_must_be_known(undisturbed: Path) -> None:
+    alone = [40.0, 42.0, 41.0, 39.0, 43.0]
+    better = [value + 2 + change for value, change in zip(alone, (0.1, -0.1, 0.2, 0.0, -0.2), strict=True)]
+    results = made_up(undisturbed, {"alone": alone, "auxiliary-zero-first": better, "all": [46.0] * 5}, upper="all")
+    text = results.markdown()
+    assert text.startswith("**It must be known.**\n\n| arm | seeds | mIoU |")
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
+    assert "| 5 | 41.00 ± 1.58 | 32 | 0 | 32 | 0.00 M |" in lines["alone"]
+    assert "| 5 | 43.00 ± " in lines["auxiliary-zero-first"]
+    assert lines["auxiliary-zero-first"].endswith("| 40 % |")
+    assert "† all is not at matched compute: samples of role train (5, now 9)." in text
+    (gain,) = (gain for gain in results.gains if gain.later == "auxiliary-zero-first")
+    assert (gain.earlier, gain.seeds, gain.seeds_verdict, gain.matched) == ("alone", (0, 1, 2, 3, 4), "gain", True)
+    assert gain.mean == pytest.approx(2.0)
+    assert gain.over_seeds is not None
+    assert gain.over_seeds.low == pytest.approx(2 - 2.776445 * np.std([0.1, -0.1, 0.2, 0, -0.2], ddof=1) / 5**0.5)
+    (all_labels,) = (gain for gain in results.gains if gain.later == "all")
+    assert (all_labels.earlier, all_labels.matched) == ("alone", False)
+    assert "| all − alone † | its own settings |" in text
+    assert "a bootstrap of 3 blocks of up to 2 consecutive frames" in text
+
+
+def test_only_common_seeds_are_paired_and_one_seed_decides_nothing(undisturbed: Path) -> None:
+    results = made_up(undisturbed, {"alone": [40.0, 41.0, 42.0], "auxiliary-zero-first": [43.0]})
+    (gain,) = results.gains
+    assert (gain.seeds, gain.differences, gain.over_seeds) == ((0,), (3.0,), None)
+    assert gain.seeds_verdict == "undecided"
+    assert "| 1 | +3.00 | n/a | undecided |" in results.markdown()
+
+
+def test_results_are_json(undisturbed: Path) -> None:
+    results = made_up(undisturbed, {"alone": [40.0, 41.0], "auxiliary-zero-first": [40.0, 41.0]})
+    document = json.loads(json.dumps(results.to_dict(), allow_nan=False))
+    (gain,) = document["gains"]
+    assert (gain["seeds_verdict"], gain["images_verdict"]) == ("equal", "equal")
+    assert document["rows"][0]["metrics"]["boundary_miou"]["count"] == 2
+    assert document["conditions"]["device"] == ["cpu"]
