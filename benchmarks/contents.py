@@ -54,6 +54,7 @@ CHANGES: Mapping[str, Callable[[Image.Image], Image.Image]] = {
     "x 0.7, JPEG 75": lambda image: jpeg(scaled(image, 0.7, SCALED.BILINEAR), 75),
     "x 1/4, JPEG 50": lambda image: jpeg(scaled(image, 1 / 4, SCALED.LANCZOS), 50),
     "128 x 128, JPEG 75": lambda image: jpeg(image.resize((128, 128), SCALED.BILINEAR), 75),
+    "x 0.7, box": lambda image: scaled(image, 0.7, SCALED.BOX),
     "x 1/2, nearest": lambda image: scaled(image, 1 / 2, SCALED.NEAREST),
 }
 
