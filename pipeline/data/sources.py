@@ -25,7 +25,7 @@ OnDamage = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True)
-class Knowledge:
+class CachedPiece:
     """What the cache holds of one piece of a crop."""
 
     window: Window
@@ -80,7 +80,7 @@ class KnowledgeReader:
                     "correct the lists of the data, or run segkd teacher-cache again"
                 )
 
-    def of(self, piece: Piece) -> tuple[Knowledge, str | None]:
+    def of(self, piece: Piece) -> tuple[CachedPiece, str | None]:
         """What the cache holds of a piece, and what is wrong with it where that is damaged and left out.
 
         Raises CacheDamagedError for damage that is not skipped, CacheMismatchError where the image is not the one that
@@ -96,11 +96,11 @@ class KnowledgeReader:
                 ) from error
             return self._nothing(), str(error)
 
-    def _read(self, piece: Piece) -> Knowledge:
+    def _read(self, piece: Piece) -> CachedPiece:
         entry = self._cache.entry(piece.sample.id)
         self._check_image(piece.sample, entry, piece.crop)
         window = window_of(piece.crop, entry.mapping, self._owned(piece))
-        return Knowledge(
+        return CachedPiece(
             window=window,
             codes={name: self._cache.window(entry, name, window.rows, window.columns) for name in self._targets},
             rungs={name: entry.rungs[name] for name in self._targets},
@@ -129,17 +129,17 @@ class KnowledgeReader:
                 )
             self._verified.add(sample.id)
 
-    def _nothing(self) -> Knowledge:
+    def _nothing(self) -> CachedPiece:
         """One cell that does not count: a piece whose part of the cache is damaged is still a source."""
         uncounted = np.zeros((1, 1), np.bool_)
         specs = {name: self._cache.spec.targets[name] for name in self._targets}
-        return Knowledge(
+        return CachedPiece(
             window=Window(range(1), range(1), np.array([[1.0, 0.0], [1.0, 0.0]]), uncounted, uncounted),
             codes={name: np.zeros((spec.channels, 1, 1), spec.coder.dtype) for name, spec in specs.items()},
             rungs=dict.fromkeys(self._targets, 0),
         )
 
-    def collate(self, crops: Sequence[Sequence[Knowledge]]) -> Sources:
+    def collate(self, crops: Sequence[Sequence[CachedPiece]]) -> Sources:
         """The sources of a batch, from those of each crop."""
         items = [item for crop in crops for item in crop]
         height, width = (max(item.window.counts.shape[axis] for item in items) for axis in (0, 1))
@@ -153,7 +153,7 @@ class KnowledgeReader:
             rungs={name: torch.tensor([item.rungs[name] for item in items]) for name in self._targets},
         )
 
-    def _of_one_kind(self, target: str, items: Sequence[Knowledge]) -> list[npt.NDArray[np.generic]]:
+    def _of_one_kind(self, target: str, items: Sequence[CachedPiece]) -> list[npt.NDArray[np.generic]]:
         """The items' codes; float32 values of all of them where only some are kept exactly.
 
         Such values stand for themselves as codes: decoding leaves them as they are.

@@ -21,7 +21,7 @@ from segkd.pipeline.data.mixing import Piece, compose, draw_rectangle
 from segkd.pipeline.data.photometric import jitter
 from segkd.pipeline.data.pools import Draw, Pool, certain
 from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample, with_role
-from segkd.pipeline.data.sources import Knowledge, KnowledgeReader, OnDamage, by
+from segkd.pipeline.data.sources import CachedPiece, KnowledgeReader, OnDamage, by
 from segkd.pipeline.data.transforms import AugmentConfig, BoolArray, Crop
 from segkd.pipeline.models.network import Preprocessing
 from segkd.pipeline.models.preprocessing import normalise, resized
@@ -61,7 +61,7 @@ class _Item:
     image: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.uint8]
     labelled: bool
-    knowledge: Sequence[Knowledge]
+    knowledge: Sequence[CachedPiece]
     """Of each image that the crop shows; empty without a cache."""
     damaged: dict[str, str]
     """What is wrong with the cache's part of samples of this crop, which is left out."""
