@@ -97,13 +97,14 @@ def batches(inputs: Inputs, run: RunConfig, steps: int = 20) -> Iterator[Measure
         yield Measurement("batches", rate, "crops/s", f"{size} with windows, {workers} workers")
 
 
-def training_steps(inputs: Inputs, run: RunConfig, cache: CacheReader, repeats: int = 8) -> Iterator[Measurement]:
+def training_steps(inputs: Inputs, run: RunConfig, repeats: int = 8) -> Iterator[Measurement]:
     """The same batch with and without the teacher's terms: the difference is what distillation costs a step."""
     batch, device, student = inputs.stream[0], find_device(run.train.device), described(run.the_student())
     alone = dataclasses.replace(inputs.objective, knowledge=())
     for how, objective in (("cross-entropy alone", alone), ("with the teacher's terms", inputs.objective)):
         network = load_network(student, len(inputs.source.classes))
-        trainer = Trainer(network, run.train, objective, device=device, cache=cache, class_weights=inputs.class_weights)
+        weights = inputs.class_weights
+        trainer = Trainer(network, run.train, objective, device=device, targets=inputs.targets, class_weights=weights)
         times = milliseconds(functools.partial(trainer.step, batch), repeats)
         yield Measurement("training step", float(np.median(times)), "ms", f"{len(batch.labelled_N)} crops, {how}")
 
@@ -136,7 +137,7 @@ def measure(run: RunConfig) -> Iterator[Measurement]:
         yield from windows(cache)
         inputs = open_inputs(run, described(run.the_student()), distill=True)
         yield from batches(inputs, run)
-        yield from training_steps(inputs, run, cache)
+        yield from training_steps(inputs, run)
     yield from networks()
 
 

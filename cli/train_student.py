@@ -27,6 +27,18 @@ if TYPE_CHECKING:
     type=click.Choice(["fail", "skip"]),
     help="Samples whose part of the cache is damaged: stop, or go on without the teacher's knowledge of them.",
 )
+@click.option(
+    "--teacher",
+    metavar="REFERENCE",
+    help="For comparison: load this teacher beside the student instead of reading a cache. The run file's [teacher] "
+    "describes it where it names the same one.",
+)
+@click.option(
+    "--teacher-view",
+    type=click.Choice(["image", "crop"]),
+    help="What a loaded teacher sees: the whole image, as it did when the cache was written, or the student's crop.  "
+    "[default with --teacher: image]",
+)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint as if nothing had happened.")
 @overwrite_option
 @run_options()
@@ -38,6 +50,8 @@ def train_student(
     no_distill: bool,
     init: str | None,
     on_damage: Literal["fail", "skip"] | None,
+    teacher: str | None,
+    teacher_view: Literal["image", "crop"] | None,
     resume: bool,
     overwrite: bool,
     as_json: bool,
@@ -46,12 +60,21 @@ def train_student(
 
     Writes last.safetensors, best.safetensors (by the validation on role select), metrics.jsonl and run.json.
     """
+    from segkd.pipeline.models.network import NetworkConfig
     from segkd.pipeline.student.train import train
 
     if init is not None:
         run = replace(run, student=replace(run.the_student(), init=init))
     if on_damage is not None:
         run = replace(run, train=replace(run.train, on_damage=on_damage))
+    if no_distill and (teacher or teacher_view):
+        raise click.UsageError("--no-distill and --teacher exclude each other; give the one that is meant")
+    if teacher is not None:
+        known = run.teacher is not None and run.teacher.reference == teacher
+        run = replace(run, teacher=run.teacher if known else NetworkConfig(reference=teacher))
+    if teacher is not None or teacher_view is not None:
+        view = teacher_view or (run.train.teacher_view if run.train.teacher_view != "cache" else "image")
+        run = replace(run, train=replace(run.train, teacher_view=view))
     config = click.get_current_context().params["config"]
     folder = output or str(Path("runs") / Path(config or "student.toml").stem)
     with resumable(f"Go on with --resume; checkpoints are in {folder}."):

@@ -214,7 +214,7 @@ def first_batch(run: RunConfig) -> tuple[Trainer, Batch]:
     inputs = open_inputs(run, student, distill=True)
     torch.manual_seed(0)
     network = load_network(student, len(CLASSES))
-    trainer = Trainer(network, run.train, inputs.objective, device=torch.device("cpu"), cache=inputs.cache)
+    trainer = Trainer(network, run.train, inputs.objective, device=torch.device("cpu"), targets=inputs.targets)
     return trainer, inputs.stream[0]
 
 

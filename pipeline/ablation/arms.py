@@ -49,6 +49,7 @@ _FREE = (
     "augment.cutmix",
     "train.labelled",
     "train.auxiliary",
+    "train.teacher_view",
     "train.batch_norm",
     "train.least_confidence",
     "train.most_entropy",
@@ -162,7 +163,29 @@ def effective(run: RunConfig) -> dict[str, Any]:
             ("train", "most_entropy"),
         ):
             del tables[table][key]
+    if not tables["knowledge"]:
+        tables["train"]["teacher_view"] = "cache"  # nobody looks
     return {key: value for key, value in leaves(tables) if not is_harmless(key)}
+
+
+def views(arms: Mapping[str, Arm]) -> Iterator[tuple[str, str, str]]:
+    """The pairs of arms that differ in where the teacher's knowledge comes from and in nothing else: later, earlier,
+    what the difference is.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for arm in arms.values():
+        if arm.distills:
+            settings = effective(arm.run)
+            view = settings.pop("train.teacher_view")
+            key = json.dumps([settings, *(to_dict(arm.run)[table] for table in ("data", "student"))], sort_keys=True)
+            found.setdefault(key, {}).setdefault(view, arm.name)
+    for by_view in found.values():
+        for later, earlier, what in (
+            ("cache", "image", "the cache in place of the teacher itself: coding"),
+            ("image", "crop", "the teacher on whole images in place of the student's crops: working offline"),
+        ):
+            if later in by_view and earlier in by_view:
+                yield by_view[later], by_view[earlier], what
 
 
 def _unmatched(base: RunConfig, arm: RunConfig) -> Iterator[str]:

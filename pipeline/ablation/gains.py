@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from segkd.pipeline.ablation.arms import Arm
+from segkd.pipeline.ablation.arms import Arm, views
 from segkd.pipeline.ablation.config import AblateConfig
 from segkd.pipeline.ablation.ledger import RunRecord
 from segkd.pipeline.ablation.statistics import Floats, Interval, Mean, Verdict, bootstrap, mean_of, paired_t, tallies
@@ -88,9 +88,17 @@ def rows(arms: Mapping[str, Arm], records: Records, config: AblateConfig) -> lis
 
 
 def gains(arms: Mapping[str, Arm], records: Records, config: AblateConfig) -> list[Gain]:
-    """The gains of the pairs of which both arms have a seed in common, an own arm's over its ``like`` last."""
-    own = [(arm.name, arm.like, "its own settings") for arm in arms.values() if arm.like is not None]
-    pairs = [pair for pair in (*PAIRS, *own) if pair[0] in arms and pair[1] in arms]
+    """The gains of the pairs of which both arms have a seed in common: built-in arms', own arms' over their ``like``,
+    and last those of a teacher beside the student.
+    """
+    of_views = list(views(arms))
+    compared = {frozenset(pair[:2]) for pair in of_views}
+    own = [
+        (arm.name, arm.like, "its own settings")
+        for arm in arms.values()
+        if arm.like is not None and frozenset((arm.name, arm.like)) not in compared
+    ]
+    pairs = [pair for pair in (*PAIRS, *own, *of_views) if pair[0] in arms and pair[1] in arms]
     # Once a record, not once a pair: a data set of many classes has large matrices.
     tallied = {
         arm: {seed: tallies(record.images.counts()) for seed, record in records.get(arm, {}).items()}

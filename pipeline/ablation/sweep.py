@@ -27,6 +27,7 @@ from segkd.pipeline.settings import to_dict
 from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.checkpoint import write_atomically
 from segkd.pipeline.student.leaks import find_label_leaks, teacher_checkpoint
+from segkd.pipeline.student.live import open_live_teacher
 from segkd.pipeline.teacher.division import Share
 from segkd.storage.differences import difference
 from segkd.storage.errors import CheckpointError, ConfigError, ContaminationError, DataError
@@ -165,7 +166,7 @@ class _Opened:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._data: dict[str, tuple[DataSource, Held]] = {}
-        self._fingerprints: dict[str, dict[str, str]] = {}
+        self._fingerprints: dict[str, Mapping[str, str]] = {}
 
     def data(self, run: RunConfig) -> tuple[DataSource, Held]:
         """The run's data set and what its samples hold."""
@@ -198,11 +199,18 @@ class _Opened:
 
     def identity(self, arm: Arm, run: RunConfig) -> dict[str, Any]:
         """Of a run of the arm."""
-        path = run.cache.path
-        if arm.distills and path not in self._fingerprints:
-            self._fingerprints[path] = dict(CacheReader(path).spec.fingerprints)
         source, held = self.data(run)
-        return identity_of(arm, run, source, held, self._fingerprints.get(path, {}))
+        fingerprints = self._teacher(run, source) if arm.distills else {}
+        return identity_of(arm, run, source, held, fingerprints)
+
+    def _teacher(self, run: RunConfig, source: DataSource) -> Mapping[str, str]:
+        """Fingerprints of what the run is taught by: its cache, or the teacher itself."""
+        cached = run.train.teacher_view == "cache"
+        key = run.cache.path if cached else json.dumps([to_dict(run.the_teacher()), run.cache.precision])
+        if key not in self._fingerprints:
+            opened = CacheReader(run.cache.path).spec if cached else open_live_teacher(run, source.classes, ())
+            self._fingerprints[key] = opened.fingerprints
+        return self._fingerprints[key]
 
 
 def _has_longer(run: RunConfig) -> bool:

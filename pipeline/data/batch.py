@@ -11,13 +11,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a teacher beside the student is to look at for one source, and which of its cells the window is."""
+
+    image: npt.NDArray[np.uint8]
+    """H,W,3: a whole image, or a crop of one."""
+    rows: range
+    columns: range
+    sample: str
+    whole: bool
+    """Whether it is the sample's whole image, which looks alike whenever it comes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What the cache knows of the images behind a batch's crops."""
+    """The teacher's side of the images behind a batch's crops: codes from a cache, or what to ask it about."""
 
     crop_S: Tensor
     """int64, on the CPU: the crop that each source belongs to."""
@@ -27,11 +42,13 @@ class Sources:
     """bool: the cell's centre lies in the image, in the crop and in the source's region of it."""
     counts_first_Shw: Tensor
     """bool: the cell counts, and so do all of its neighbours that exist in the image."""
-    codes: Mapping[str, Tensor]
+    codes: Mapping[str, Tensor] = field(default_factory=dict)
     """Per target its codes ``(S, channels, h, w)`` as they stand in the cache; zero outside the window. float32 values
     where only some of the samples are kept exactly: the coder decodes either."""
-    rungs: Mapping[str, Tensor]
+    rungs: Mapping[str, Tensor] = field(default_factory=dict)
     """Per target int64 ``(S,)``: the rung of its coding ladder that each sample was written with."""
+    looks: tuple[Look, ...] = ()
+    """Without a cache, what the teacher is to look at for each source."""
 
 
 @dataclass(frozen=True, kw_only=True)

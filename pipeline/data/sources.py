@@ -1,4 +1,5 @@
-"""What the cache knows of the images that crops show: checked against the data, read by windows, put into a batch.
+"""The teacher's side of crops: what the cache knows of their images, checked against the data and read by windows; or,
+without a cache, what the teacher is to look at.
 
 Shapes: S sources, each with a window of h,w teacher cells; codes channels,h,w.
 """
@@ -7,21 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from segkd.pipeline.data.batch import Sources
+from segkd.pipeline.data.batch import Look, Sources
 from segkd.pipeline.data.mixing import Piece
 from segkd.pipeline.data.sample import DataSource, Role, Sample
 from segkd.pipeline.data.transforms import BoolArray, Crop, Window, window_of
-from segkd.storage.errors import CacheDamagedError, CacheMismatchError, ContaminationError
+from segkd.pipeline.models.network import Grid, Preprocessing
+from segkd.pipeline.models.predictor import kept_cells
+from segkd.storage.errors import CacheDamagedError, CacheMismatchError, ContaminationError, DataError
+from segkd.storage.geometry import Affine
 from segkd.storage.reader import CacheReader
 from segkd.storage.table import Entry
 
 OnDamage = Literal["fail", "skip"]
+View = Literal["image", "crop"]
+
+
+class TeacherSide(Protocol):
+    """Where a stream has the teacher's side of its crops from."""
+
+    def of(self, piece: Piece) -> tuple[Any, str | None]:
+        """What it has of a piece of a crop, and what is wrong with that where it is damaged and left out."""
+        ...
+
+    def collate(self, crops: Sequence[Sequence[Any]]) -> Sources:
+        """The sources of a batch, from those of each crop."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -99,20 +116,12 @@ class KnowledgeReader:
     def _read(self, piece: Piece) -> CachedPiece:
         entry = self._cache.entry(piece.sample.id)
         self._check_image(piece.sample, entry, piece.crop)
-        window = window_of(piece.crop, entry.mapping, self._owned(piece))
+        window = window_of(piece.crop, entry.mapping, owned(piece, self._source))
         return CachedPiece(
             window=window,
             codes={name: self._cache.window(entry, name, window.rows, window.columns) for name in self._targets},
             rungs={name: entry.rungs[name] for name in self._targets},
         )
-
-    def _owned(self, piece: Piece) -> BoolArray:
-        """H,W of the crop: pixels that show the image, and of a labelled one something of the scene."""
-        excluded = self._source.excluded(piece.sample) if piece.sample.role is Role.TRAIN else None
-        if excluded is None:
-            return piece.owned
-        seen: BoolArray = piece.crop.labels(excluded.astype(np.uint8)) == 0
-        return piece.owned & seen
 
     def _check_image(self, sample: Sample, entry: Entry, crop: Crop) -> None:
         """The image must be the one that the teacher saw; its digest is computed once a process."""
@@ -142,14 +151,11 @@ class KnowledgeReader:
     def collate(self, crops: Sequence[Sequence[CachedPiece]]) -> Sources:
         """The sources of a batch, from those of each crop."""
         items = [item for crop in crops for item in crop]
-        height, width = (max(item.window.counts.shape[axis] for item in items) for axis in (0, 1))
-        padded = {name: _pad(self._of_one_kind(name, items), height, width) for name in self._targets}
+        placed = _placed([[item.window for item in crop] for crop in crops])
+        height, width = placed["counts_Shw"].shape[1:]
         return Sources(
-            crop_S=torch.tensor([number for number, crop in enumerate(crops) for _ in crop]),
-            cell_to_crop_S22=torch.from_numpy(np.stack([item.window.cell_to_crop for item in items])),
-            counts_Shw=_pad([item.window.counts for item in items], height, width),
-            counts_first_Shw=_pad([item.window.counts_first for item in items], height, width),
-            codes=padded,
+            **placed,
+            codes={name: _pad(self._of_one_kind(name, items), height, width) for name in self._targets},
             rungs={name: torch.tensor([item.rungs[name] for item in items]) for name in self._targets},
         )
 
@@ -163,6 +169,74 @@ class KnowledgeReader:
             return codes
         rungs = [np.array([item.rungs[target]]) for item in items]
         return [self._cache.decode(target, array[None], rung)[0] for array, rung in zip(codes, rungs, strict=True)]
+
+
+@dataclass(frozen=True)
+class SeenPiece:
+    """What the teacher is to look at for one piece of a crop."""
+
+    window: Window
+    look: Look
+
+
+class Looks:
+    """What a teacher that stands beside the student is to look at for crops of ``source``'s images.
+
+    ``view="image"``: the whole image, as stage 1 saw it; a crop's window is cut out of its answer. ``view="crop"``:
+    what the student sees, cut, scaled and mirrored, padding included, but neither recoloured nor mixed with another
+    image. ``grid`` and ``preprocessing`` are the teacher's.
+    """
+
+    def __init__(self, source: DataSource, grid: Grid, preprocessing: Preprocessing, view: View) -> None:
+        self._source, self._grid, self._preprocessing, self._view = source, grid, preprocessing, view
+
+    def of(self, piece: Piece) -> tuple[SeenPiece, None]:
+        """What is to be looked at. Raises DataError where no cell of the teacher lies in it."""
+        image, crop, whole = piece.image, piece.crop, self._view == "image"
+        if not whole:
+            image, crop = crop.image(image), Crop(Affine(1.0, 0.0), Affine(1.0, 0.0), crop.size, crop.size)
+        mapping, _ = kept_cells(self._grid, self._preprocessing, *image.shape[:2])
+        if min(mapping.shape) == 0:
+            raise DataError(
+                f"{piece.sample.id}: no cell of the teacher lies in {by(image.shape[:2])} pixels; "
+                "leave the image out, use larger crops, or give the teacher a resize"
+            )
+        window = window_of(crop, mapping, owned(piece, self._source))
+        look = Look(image=image, rows=window.rows, columns=window.columns, sample=piece.sample.id, whole=whole)
+        return SeenPiece(window, look), None
+
+    def collate(self, crops: Sequence[Sequence[SeenPiece]]) -> Sources:
+        """The sources of a batch, from those of each crop."""
+        placed = _placed([[item.window for item in crop] for crop in crops])
+        return Sources(**placed, looks=tuple(item.look for crop in crops for item in crop))
+
+
+def owned(piece: Piece, source: DataSource) -> BoolArray:
+    """H,W of the crop: pixels that show the image, and of a labelled one something of the scene."""
+    excluded = source.excluded(piece.sample) if piece.sample.role is Role.TRAIN else None
+    if excluded is None:
+        return piece.owned
+    seen: BoolArray = piece.crop.labels(excluded.astype(np.uint8)) == 0
+    return piece.owned & seen
+
+
+class _Placed(TypedDict):
+    crop_S: torch.Tensor
+    cell_to_crop_S22: torch.Tensor
+    counts_Shw: torch.Tensor
+    counts_first_Shw: torch.Tensor
+
+
+def _placed(crops: Sequence[Sequence[Window]]) -> _Placed:
+    """Where the windows of each crop's sources lie, all padded to the largest."""
+    windows = [window for crop in crops for window in crop]
+    height, width = (max(window.counts.shape[axis] for window in windows) for axis in (0, 1))
+    return {
+        "crop_S": torch.tensor([number for number, crop in enumerate(crops) for _ in crop]),
+        "cell_to_crop_S22": torch.from_numpy(np.stack([window.cell_to_crop for window in windows])),
+        "counts_Shw": _pad([window.counts for window in windows], height, width),
+        "counts_first_Shw": _pad([window.counts_first for window in windows], height, width),
+    }
 
 
 def _pad(arrays: Sequence[npt.NDArray[np.generic]], height: int, width: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from segkd.pipeline.data.mixing import Piece, compose, draw_rectangle
 from segkd.pipeline.data.photometric import jitter
 from segkd.pipeline.data.pools import Draw, Pool, certain
 from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample, with_role
-from segkd.pipeline.data.sources import CachedPiece, KnowledgeReader, OnDamage, by
+from segkd.pipeline.data.sources import KnowledgeReader, Looks, OnDamage, TeacherSide, by
 from segkd.pipeline.data.transforms import AugmentConfig, BoolArray, Crop
 from segkd.pipeline.models.network import Preprocessing
 from segkd.pipeline.models.preprocessing import normalise, resized
@@ -61,8 +62,8 @@ class _Item:
     image: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.uint8]
     labelled: bool
-    knowledge: Sequence[CachedPiece]
-    """Of each image that the crop shows; empty without a cache."""
+    knowledge: Sequence[Any]
+    """What the teacher's side has of each image that the crop shows; empty without one."""
     damaged: dict[str, str]
     """What is wrong with the cache's part of samples of this crop, which is left out."""
 
@@ -71,10 +72,11 @@ class TrainStream(Dataset[Batch]):
     """Training batches by step: ``stream[step]``, without end.
 
     Labelled and auxiliary samples come from two pools, each in a new order every epoch of its own. Samples of role
-    select or report are never drawn. With ``cache=None`` nothing is distilled and a batch has no sources. Where damage
-    to the cache is skipped, a crop that it concerns has a source of which no cell counts.
+    select or report are never drawn. ``teacher`` is a cache or, for a teacher that stands beside the student, what it
+    is to look at; with None nothing is distilled and a batch has no sources. Where damage to the cache is skipped, a
+    crop that it concerns has a source of which no cell counts.
 
-    Raises ConfigError for a pool without samples, auxiliary samples without a cache and a mix without a second image,
+    Raises ConfigError for a pool without samples, auxiliary samples without a teacher and a mix without a second image,
     CacheMismatchError where the cache is of other classes, targets, samples or images, and ContaminationError where a
     sample that is to be learned from is one of role select or report in the cache. A batch raises CacheDamagedError
     unless that is skipped.
@@ -83,13 +85,13 @@ class TrainStream(Dataset[Batch]):
     def __init__(
         self,
         source: DataSource,
-        cache: CacheReader | None,
+        teacher: CacheReader | Looks | None,
         targets: tuple[str, ...],
         stream: StreamConfig,
         augment: AugmentConfig,
         preprocessing: Preprocessing,
     ) -> None:
-        if stream.auxiliary and cache is None:
+        if stream.auxiliary and teacher is None:
             raise ConfigError(
                 f"a batch has {stream.auxiliary} auxiliary samples but there is no cache; "
                 "they are learned from through the teacher alone: set auxiliary to 0, or distil"
@@ -98,14 +100,16 @@ class TrainStream(Dataset[Batch]):
         self._config = stream
         self._augment = augment
         self._preprocessing = preprocessing
-        self._knowledge: KnowledgeReader | None = None
+        self._knowledge: TeacherSide | None = None
         labelled = with_role(source, Role.TRAIN) if stream.labelled else ()
         auxiliary = with_role(source, Role.AUXILIARY) if stream.auxiliary else ()
         self._given = {Role.TRAIN: len(labelled), Role.AUXILIARY: len(auxiliary)}
-        if cache is not None:
-            self._knowledge = KnowledgeReader(cache, source, targets, stream.on_damage)
-            self._knowledge.check((*labelled, *auxiliary))
-            auxiliary = certain(auxiliary, cache, stream.least_confidence, stream.most_entropy)
+        if isinstance(teacher, Looks):
+            self._knowledge = teacher
+        elif teacher is not None:
+            self._knowledge = reader = KnowledgeReader(teacher, source, targets, stream.on_damage)
+            reader.check((*labelled, *auxiliary))
+            auxiliary = certain(auxiliary, teacher, stream.least_confidence, stream.most_entropy)
         self._labelled = Pool(labelled, Role.TRAIN, stream.labelled, stream.seed)
         self._auxiliary = Pool(auxiliary, Role.AUXILIARY, stream.auxiliary, stream.seed)
         if augment.cutmix and len(self._auxiliary.samples) == 1:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from segkd.pipeline.models.network import Grid, NetworkConfig
+from segkd.pipeline.models.network import Grid, NetworkConfig, Preprocessing
 from segkd.pipeline.models.preprocessing import placement, prepare
 from segkd.storage.errors import NetworkError, NonFiniteError
 from segkd.storage.geometry import Mapping
@@ -52,6 +52,17 @@ def class_groups(config: NetworkConfig, classes: Sequence[str]) -> list[list[int
     return None if ordered == [[channel] for channel in range(len(names))] else ordered
 
 
+def kept_cells(
+    grid: Grid, preprocessing: Preprocessing, height: int, width: int
+) -> tuple[Mapping, tuple[range, range]]:
+    """Where a network's kept cells of an image of ``height`` x ``width`` pixels lie in it, and which of its rows and
+    columns they are: those whose centres lie inside the image, not in its padding."""
+    size, y, x = placement(height, width, preprocessing)
+    whole = grid.mapping(*size).through(y, x)
+    rows, columns = whole.y.inside_image(height), whole.x.inside_image(width)
+    return whole.part(rows, columns), (rows, columns)
+
+
 class Predictor:
     """A loaded network, what it is fed and how its classes are read."""
 
@@ -73,12 +84,8 @@ class Predictor:
         self._groups = class_groups(config, classes)
 
     def mapping(self, height: int, width: int) -> tuple[Mapping, tuple[range, range]]:
-        """Where the kept cells of an image of ``height`` x ``width`` pixels lie in it, and which of the network's
-        rows and columns they are: those whose centres lie inside the image, not in its padding."""
-        size, y, x = placement(height, width, self.config.preprocessing)
-        whole = self.grid.mapping(*size).through(y, x)
-        rows, columns = whole.y.inside_image(height), whole.x.inside_image(width)
-        return whole.part(rows, columns), (rows, columns)
+        """:func:`kept_cells` of this network."""
+        return kept_cells(self.grid, self.config.preprocessing, height, width)
 
     def predict(self, images: Sequence[npt.NDArray[np.uint8]], names: Sequence[str] = ()) -> tuple[Tensor, Mapping]:
         """Log-probabilities of images of one size, and where their cells lie in each image. Raises as :meth:`infer`."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from segkd.pipeline.data.sources import View
 from segkd.pipeline.evidence import Evidence
 from segkd.pipeline.models.predictor import Precision
 from segkd.pipeline.student.batch_norm import BatchNormMode
@@ -17,6 +18,7 @@ class TrainConfig:
     """Durations are in optimiser steps; samples are counted a step."""
 
     evidence: ClassVar[Evidence] = {
+        "teacher_view": None,
         "least_confidence": None,
         "most_entropy": None,
         "batch_norm=labelled": None,
@@ -30,6 +32,11 @@ class TrainConfig:
     """Samples of role train in a batch."""
     auxiliary: int = 0
     """Samples of role auxiliary in a batch; they are learned from through the teacher alone."""
+    teacher_view: Literal["cache"] | View = "cache"
+    """Where the teacher's knowledge comes from. ``cache``: from the cache. The others load the teacher beside the
+    student, for comparison. ``image``: it sees the whole image, as it did when the cache was written; the difference to
+    ``cache`` is the price of coding. ``crop``: it sees the student's crop, scaled and mirrored but neither recoloured
+    nor mixed; the difference to ``image`` is the price of asking it only once."""
     least_confidence: float = 0.0
     """Auxiliary samples of which the teacher is less confident are not drawn: its largest class probability, a mean
     over the image's cells that the cache keeps. 0 draws all."""
@@ -119,6 +126,11 @@ class TrainConfig:
         if not self.most_entropy >= 0:
             raise ConfigError(
                 f"train.most_entropy is {self.most_entropy}; it must be 0 or more nats (inf: all samples)"
+            )
+        if self.teacher_view != "cache" and (self.least_confidence > 0 or self.most_entropy < math.inf):
+            raise ConfigError(
+                f'train.teacher_view is "{self.teacher_view}", but train.least_confidence and train.most_entropy '
+                'choose samples by what the cache says of them; leave them out, or set train.teacher_view = "cache"'
             )
         if self.warmup >= self.steps:
             raise ConfigError(f"train.warmup is {self.warmup}, train.steps {self.steps}; the warm-up must be shorter")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from segkd.pipeline.config import RunConfig
+from segkd.pipeline.data.batch import Sources
 from segkd.pipeline.data.contamination import find_twins, require_apart
 from segkd.pipeline.data.contents import read_contents
 from segkd.pipeline.data.readers import open_data
@@ -25,8 +27,10 @@ from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.knowledge.base import Knowledge
 from segkd.pipeline.student.knowledge.config import KnowledgeConfig
 from segkd.pipeline.student.leaks import warn_of_label_leaks
+from segkd.pipeline.student.live import open_live_teacher
 from segkd.pipeline.student.losses import Objective
 from segkd.pipeline.student.seen import SampleList, Seen
+from segkd.pipeline.student.trainer import Targets
 from segkd.pipeline.teacher.fingerprints import portable
 from segkd.storage.coding import ExactDistribution
 from segkd.storage.differences import difference, leaves
@@ -42,8 +46,10 @@ class Inputs:
     """The open data of a run."""
 
     source: DataSource
-    cache: CacheReader | None
-    """None when nothing is distilled."""
+    fingerprints: Mapping[str, str]
+    """Of what the cache or the teacher is; empty when nothing is distilled."""
+    targets: Targets | None
+    """The teacher's side of a batch; None when nothing is distilled."""
     objective: Objective
     """The terms of the run; without distillation those of the labels alone."""
     stream: TrainStream
@@ -55,7 +61,7 @@ class Inputs:
 
 
 def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool, progress: Progress = SILENT) -> Inputs:
-    """Opens data and cache, and compares what images show. ``student`` is the complete description, see
+    """Opens data and cache or teacher, and compares what images show. ``student`` is the complete description, see
     :func:`segkd.pipeline.models.references.described`.
 
     Raises ConfigError, DataError, CacheError or ContaminationError where they do not fit each other or the run.
@@ -80,19 +86,11 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool, progre
             "the data has no sample of role select to validate on: no best.safetensors is written, "
             "last.safetensors is what training gives"
         )
-    cache = CacheReader(run.cache.path) if distill else None
-    if cache is not None and not cache.sealed:
-        logger.warning(
-            "%s has a generation that is not finished, and training sees the cache before it; "
-            "run segkd teacher-cache, or segkd cache repair if one was interrupted, to finish it",
-            run.cache.path,
-        )
-    if cache is not None and run.teacher is not None:
-        _check_teacher(cache, run.teacher)
-    if cache is not None:
-        cache.prepare()
-    if cache is not None and not run.loss.allow_unpromised:
-        check_promise(cache.spec, objective.knowledge, str(cache.path))
+    cache, live = None, None
+    if distill and train.teacher_view == "cache":
+        cache = _open_cache(run, objective)
+    elif distill:
+        live = open_live_teacher(run, source.classes, objective.targets)
     config = StreamConfig(
         labelled=train.labelled,
         auxiliary=train.auxiliary,
@@ -101,18 +99,41 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool, progre
         seed=train.seed,
         on_damage=train.on_damage,
     )
-    stream = TrainStream(source, cache, objective.targets, config, run.augment, student.preprocessing)
+    looks = None if live is None or train.teacher_view == "cache" else live.looks(source, train.teacher_view)
+    stream = TrainStream(source, cache or looks, objective.targets, config, run.augment, student.preprocessing)
     seen = _compare(run, source, stream.samples, select, progress)
     weights = class_weights(source, train)
     return Inputs(
         source=source,
-        cache=cache,
+        fingerprints=cache.spec.fingerprints if cache else live.fingerprints if live else {},
+        targets=partial(_decoded, cache, objective.targets) if cache else live,
         objective=objective,
         stream=stream,
         select=select,
         class_weights=weights,
         seen=seen,
     )
+
+
+def _open_cache(run: RunConfig, objective: Objective) -> CacheReader:
+    """The run's cache. Raises CacheError where it is not one that the run can learn from."""
+    cache = CacheReader(run.cache.path)
+    if not cache.sealed:
+        logger.warning(
+            "%s has a generation that is not finished, and training sees the cache before it; "
+            "run segkd teacher-cache, or segkd cache repair if one was interrupted, to finish it",
+            run.cache.path,
+        )
+    if run.teacher is not None:
+        _check_teacher(cache, run.teacher)
+    cache.prepare()
+    if not run.loss.allow_unpromised:
+        check_promise(cache.spec, objective.knowledge, str(cache.path))
+    return cache
+
+
+def _decoded(cache: CacheReader, targets: Sequence[str], sources: Sources) -> dict[str, Tensor]:
+    return {name: cache.decode(name, sources.codes[name], sources.rungs[name]) for name in targets}
 
 
 def _compare(

@@ -44,9 +44,10 @@ def last_checkpoint(folder: RunFolder) -> tuple[Description, dict[str, Tensor]] 
 def require_same(held: Description, now: Description, path: Path) -> None:
     """Raises CheckpointError that names what differs between the run of the checkpoint at ``path`` and this one."""
     before, after = dict(leaves(held.run)), dict(leaves(now.run))
+    whose = "cache's" if now.run["train"]["teacher_view"] == "cache" else "teacher's"
     differing = [
         # Nobody can read a digest.
-        f"the cache's {key.removeprefix('fingerprints.')}"
+        f"the {whose} {key.removeprefix('fingerprints.')}"
         if key.startswith("fingerprints.")
         else difference(key, before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())

@@ -78,7 +78,7 @@ def train(
             step=0,
             validated=0,
             best=None,
-            run={"distill": distill, "fingerprints": _fingerprints(inputs), **to_dict(run)},
+            run={"distill": distill, "fingerprints": inputs.fingerprints, **to_dict(run)},
             samples=inputs.seen,
         )
         if held is not None:
@@ -98,7 +98,7 @@ def begin(student: NetworkConfig, inputs: Inputs, config: TrainConfig, device: t
         config,
         inputs.objective,
         device=device,
-        cache=inputs.cache,
+        targets=inputs.targets,
         class_weights=inputs.class_weights,
     )
 
@@ -269,10 +269,6 @@ def _batches(stream: TrainStream, start: int, stop: int, workers: int) -> Genera
         if isinstance(error, SegkdError) and caught:
             raise type(error)(message.strip()) from error
         raise
-
-
-def _fingerprints(inputs: Inputs) -> dict[str, str]:
-    return {} if inputs.cache is None else dict(inputs.cache.spec.fingerprints)
 
 
 def _run_document(state: Description, inputs: Inputs, trainer: Trainer) -> dict[str, Any]:

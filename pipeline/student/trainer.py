@@ -5,13 +5,13 @@ Shapes: N crops of H,W pixels; logits N,C,h,w on the student's grid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from segkd.pipeline.data.batch import Batch
+from segkd.pipeline.data.batch import Batch, Sources
 from segkd.pipeline.models.layers import Network
 from segkd.pipeline.models.predictor import AUTOCAST_DTYPES
 from segkd.pipeline.student.batch_norm import BatchNorms
@@ -22,15 +22,18 @@ from segkd.pipeline.student.losses import Objective, loss_terms, total_loss
 from segkd.pipeline.student.optim import make_optimiser, set_learning_rate
 from segkd.storage import geometry
 from segkd.storage.errors import NetworkError, NonFiniteError
-from segkd.storage.reader import CacheReader
 
 DIVERGED = 'lower train.learning_rate, set train.clip or a longer train.warmup, or train.amp = "off"'
 """What to do about numbers that are not finite."""
 OPTIMISER, RNG = "optimiser.", "rng."
 
 
+Targets = Callable[[Sources], Mapping[str, Tensor]]
+"""What the teacher's targets of a batch's sources are, (S,channels,h,w) each, by name."""
+
+
 class Trainer:
-    """A network in training. ``cache`` decodes the targets of batches that have any."""
+    """A network in training. ``targets`` gives those of batches that have sources."""
 
     def __init__(
         self,
@@ -39,13 +42,13 @@ class Trainer:
         objective: Objective,
         *,
         device: torch.device,
-        cache: CacheReader | None = None,
+        targets: Targets | None = None,
         class_weights: Tensor | None = None,
     ) -> None:
         self.network = network.to(device).train()
         self.config, self.objective, self.device = config, objective, device
         self._batch_norms = BatchNorms(network, config.batch_norm)
-        self._cache = cache
+        self._targets = targets
         self._class_weights = None if class_weights is None else class_weights.to(device)
         self._optimiser = make_optimiser(network, config)
         # Groups order parameters in their own way; this is the order in which torch numbers their states.
@@ -72,7 +75,7 @@ class Trainer:
         (height, width), fed = batch.labels_NHW.shape[-2:], batch.images_N3HW.shape[-2:]
         student = self.network.grid.mapping_in((height, width), (fed[0], fed[1]))
         logits_NChw = self._forward(batch.images_N3HW, labelled)
-        decoded = self._decode(batch)
+        decoded = {} if batch.sources is None or self._targets is None else self._targets(batch.sources)
         objective = self.objective.at(step, self.config.steps)
         loss, terms = total_loss(logits_NChw, student, batch, decoded, objective, self._class_weights)
         norm = self._backward(loss)
@@ -102,12 +105,6 @@ class Trainer:
                 "can be learned; return floating-point logits and leave out argmax, detach() and no_grad()"
             )
         return logits_NChw
-
-    def _decode(self, batch: Batch) -> dict[str, Tensor]:
-        if batch.sources is None or self._cache is None:
-            return {}
-        codes, rungs = batch.sources.codes, batch.sources.rungs
-        return {name: self._cache.decode(name, codes[name], rungs[name]) for name in self.objective.targets}
 
     def _backward(self, loss: Tensor) -> Tensor:
         """Gradients, clipped; returns their norm before clipping."""

@@ -1,0 +1,84 @@
+"""A teacher that stands beside the student, as reference: what the cache costs is the difference to it.
+
+It goes through what stage 1 does, from the image to the values of each target, and leaves out coding alone. It looks at
+one image at a time, so that what it says does not depend on what else a batch, or a resumed run, shows it.
+
+Shapes: S sources, each with a window of h,w teacher cells; a target's values channels,h,w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from segkd.pipeline.config import RunConfig
+from segkd.pipeline.data.batch import Look, Sources
+from segkd.pipeline.data.sample import Classes, DataSource
+from segkd.pipeline.data.sources import Looks, View
+from segkd.pipeline.device import find_device
+from segkd.pipeline.models.predictor import Predictor
+from segkd.pipeline.models.references import described, load_network
+from segkd.pipeline.teacher.fingerprints import fingerprints, portable
+from segkd.pipeline.teacher.targets import TARGETS, Output
+
+REMEMBERED = 2 << 30
+"""Bytes of answers about whole images that are kept, on the device: those that were given first."""
+
+
+class LiveTeacher:
+    """The ``targets`` of a batch's sources, asked of a network. ``fingerprints`` say which, as a cache would."""
+
+    def __init__(self, predictor: Predictor, targets: Sequence[str], fingerprints: Mapping[str, str]) -> None:
+        self._predictor = predictor
+        self._targets = tuple(targets)
+        self.fingerprints = fingerprints
+        self._remembered: dict[str, dict[str, Tensor]] = {}
+        self._left = REMEMBERED
+
+    def looks(self, source: DataSource, view: View) -> Looks:
+        """What it is to look at, for a stream of ``source``'s images."""
+        return Looks(source, self._predictor.grid, self._predictor.config.preprocessing, view)
+
+    def __call__(self, sources: Sources) -> dict[str, Tensor]:
+        """Float32 values (S,channels,h,w) of each target; 0 outside a source's window.
+
+        Raises NonFiniteError, naming the sample, and NetworkError as :meth:`Predictor.infer` does.
+        """
+        height, width = sources.counts_Shw.shape[1:]
+        given: dict[str, list[Tensor]] = {name: [] for name in self._targets}
+        for look in sources.looks:
+            for name, values in self._of(look).items():
+                window = values[:, look.rows.start : look.rows.stop, look.columns.start : look.columns.stop]
+                padding = (0, width - window.shape[2], 0, height - window.shape[1])
+                given[name].append(torch.nn.functional.pad(window, padding))
+        return {name: torch.stack(windows) for name, windows in given.items()}
+
+    def _of(self, look: Look) -> dict[str, Tensor]:
+        """The values of what is looked at, on all of the teacher's cells."""
+        if look.whole and look.sample in self._remembered:
+            return self._remembered[look.sample]
+        log_probs, mapping = self._predictor.predict([look.image], [look.sample])
+        height, width = look.image.shape[:2]
+        output = Output(log_probs_NChw=log_probs, mapping=mapping, image_size=(height, width))
+        values = {name: TARGETS[name]().values(output)[0] for name in self._targets}
+        size = sum(value.nbytes for value in values.values())
+        if look.whole and size <= self._left:
+            self._remembered[look.sample] = values
+            self._left -= size
+        return values
+
+
+def open_live_teacher(run: RunConfig, classes: Classes, targets: Sequence[str]) -> LiveTeacher:
+    """The teacher of the run file, on the device of the training, with the precision of stage 1.
+
+    Raises ConfigError, CheckpointError, NetworkError.
+    """
+    teacher = described(run.the_teacher())
+    network = load_network(teacher, len(teacher.classes or classes.names))
+    precision = run.cache.precision
+    predictor = Predictor(network, teacher, classes.names, device=find_device(run.train.device), precision=precision)
+    kept = {**portable(teacher), "precision": precision}
+    found = fingerprints(network, kept, teacher.reference, classes, ())
+    return LiveTeacher(predictor, targets, found)
