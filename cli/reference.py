@@ -81,7 +81,9 @@ def configuration_page() -> str:
     parts.append(
         "A run file is TOML. Every key may also be given on the command line: `--set train.steps=500`. "
         "Paths are relative to the working directory unless the key says otherwise. "
-        "`--print-config` prints the file that a command works with."
+        "`--print-config` prints the file that a command works with. "
+        'A run file that begins with `extends = "other.toml"` (relative to its own folder) changes that one: tables '
+        "are joined key by key, of any other value its own stands."
     )
     for kind, keys in tables.items():
         parts += [f"## {', '.join(places[kind])}", " ".join([_prose(inspect.getdoc(kind) or ""), *accuracy(kind)])]

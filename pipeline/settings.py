@@ -26,6 +26,8 @@ T = TypeVar("T")
 Key = tuple[str | int, ...]
 """Where something stands: table, key, position in an array."""
 
+EXTENDS = "extends"
+"""The key by which a run file names another, relative to its own folder, whose settings it changes."""
 _NO_RUN_FILE = "no run file"
 
 
@@ -46,9 +48,40 @@ class Override:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ConfigError for one that is absent or cannot be read, with the line."""
+    """The tables of a TOML file, put over those of the file that it ``extends``, if it does.
+
+    Tables are joined key by key; of any other value the later one stands. Raises ConfigError for a file that is absent
+    or cannot be read, with the line, and for files that extend each other.
+    """
+    return _read_toml(Path(path), ())
+
+
+def _read_toml(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    tables = _own_tables(path)
+    if EXTENDS not in tables:
+        return tables
+    name = tables.pop(EXTENDS)
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"{path}: {EXTENDS} = {to_toml_value(name)}: expected the name of a run file, relative to this one's folder"
+        )
+    if path.resolve() in extending:
+        raise ConfigError(f"{path}: it extends itself, by {EXTENDS} = {to_toml_value(name)}; remove one such line")
+    return joined(_read_toml(path.parent / name, (*extending, path.resolve())), tables)
+
+
+def joined(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Two documents' tables, key by key; of any other value the one in ``over`` stands."""
+    both = {**under, **over}
+    for key in under.keys() & over.keys():
+        if isinstance(under[key], Mapping) and isinstance(over[key], Mapping):
+            both[key] = joined(under[key], over[key])
+    return both
+
+
+def _own_tables(path: Path) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file; name an existing run file (.toml)") from None
     except (OSError, UnicodeDecodeError) as error:

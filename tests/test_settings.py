@@ -178,6 +178,34 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         assert str(caught.value) == f"{path}: {expected}"
 
 
+def test_a_file_extends_another(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "base.toml").write_text(
+        '[data]\nroot = "there"\n[train]\nsteps = 3\ncrop = [1, 2]\narguments = { a = 1, b = 2 }\n'
+    )
+    (tmp_path / "in" / "middle.toml").write_text('extends = "../base.toml"\n[train]\narguments = { b = 3 }\n')
+    (tmp_path / "in" / "last.toml").write_text('extends = "middle.toml"\n[train]\ncrop = [5, 6]\n[student]\n')
+    outer = parse(Outer, read_toml(tmp_path / "in" / "last.toml"))
+    assert outer == Outer(
+        data=Data(root="there"), train=Inner(steps=3, crop=(5, 6), arguments={"a": 1, "b": 3}), student=Inner()
+    )
+
+
+def test_files_that_cannot_be_extended(tmp_path: Path) -> None:
+    (tmp_path / "one.toml").write_text('extends = "two.toml"\n')
+    (tmp_path / "two.toml").write_text('extends = "one.toml"\n')
+    (tmp_path / "number.toml").write_text("extends = 3\n")
+    (tmp_path / "lost.toml").write_text('extends = "absent.toml"\n')
+    for name, expected in [
+        ("one.toml", 'one.toml: it extends itself, by extends = "two.toml"; remove one such line'),
+        ("number.toml", "number.toml: extends = 3: expected the name of a run file, relative to this one's folder"),
+        ("lost.toml", "absent.toml: there is no such file; name an existing run file (.toml)"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            read_toml(tmp_path / name)
+        assert str(caught.value) == f"{tmp_path}/{expected}"
+
+
 def test_settings_lists_every_key_once() -> None:
     keys = [".".join(setting.key) for setting in settings(Outer)]
     assert keys[:4] == ["data", "data.root", "data.labels", "train"]

@@ -29,7 +29,7 @@ from segkd.pipeline.models.foreign import ForeignNetwork, RecordedNetwork, check
 from segkd.pipeline.models.layers import Network
 from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.models.weights import warm_start
-from segkd.pipeline.settings import parse, relative_to_here, to_dict
+from segkd.pipeline.settings import joined, parse, relative_to_here, to_dict
 from segkd.storage.errors import NetworkError
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def described(config: NetworkConfig) -> NetworkConfig:
     if not isinstance(description, Mapping):
         raise NetworkError(f"{config.reference}: {DESCRIPTION} is a {type(description).__name__}, expected a dict")
     defaults = to_dict(NetworkConfig(reference=""))
-    complete = _merged(description, _stated(to_dict(config), defaults))
+    complete = joined(description, _stated(to_dict(config), defaults))
     return parse(NetworkConfig, complete, place=f"{config.reference}, as described by itself and the run file")
 
 
@@ -98,14 +98,6 @@ def _stated(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
         for key, value in settings.items()
         if key not in defaults or value != defaults[key]
     }
-
-
-def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {**under, **over}
-    for key in under.keys() & over.keys():
-        if isinstance(under[key], Mapping) and isinstance(over[key], Mapping):
-            merged[key] = _merged(under[key], over[key])
-    return merged
 
 
 def _description_of_checkpoint(path: str) -> dict[str, Any]:
