@@ -37,6 +37,8 @@ KINDS: tuple[Knowledge, ...] = (
     ZeroOrder(),
     ZeroOrder(temperature=3.0),
     ZeroOrder(form="squared", temperature=2.0),
+    ZeroOrder(temperature=3.0, class_weighted=True),
+    ZeroOrder(form="squared", class_weighted=True),
     FirstOrder(),
     FirstOrder(form="logits"),
     Dist(),
@@ -46,7 +48,10 @@ KINDS: tuple[Knowledge, ...] = (
     ChannelWise(temperature=4.0),
     PseudoLabels(),
     PseudoLabels(form="confidence"),
+    PseudoLabels(class_weighted=True),
+    PseudoLabels(form="confidence", class_weighted=True),
 )
+CLASS_WEIGHTS = torch.tensor([0.25, 2.0, 0.0, 3.5], dtype=torch.float64)
 
 
 def describe(kind: Knowledge) -> str:
@@ -74,7 +79,9 @@ def example() -> tuple[Tensor, dict[str, Tensor], Cells]:
     targets = {"soft": scores.log_softmax(1), "first_order": maps[0], "first_order_logits": maps[1]}
     teacher = {name: target.masked_fill(~valid[:, None], 0.0) for name, target in targets.items()}
     exist = valid | (torch.rand(valid.shape, generator=generator) < 0.5)
-    cells = Cells(valid_Shw=valid, exist_Shw=exist, crop_S=torch.tensor(CROP_OF_SOURCE), crops=3)
+    cells = Cells(
+        valid_Shw=valid, exist_Shw=exist, crop_S=torch.tensor(CROP_OF_SOURCE), crops=3, class_weights_C=CLASS_WEIGHTS
+    )
     return logits, teacher, cells
 
 
@@ -90,9 +97,12 @@ def divergence(p: Array, q: Array) -> float:
 def zero_order(kind: ZeroOrder, student_PC: Array, teacher_PC: Array) -> float:
     heat = kind.temperature
     pairs = [(softmax(t / heat), softmax(s / heat)) for s, t in zip(student_PC, teacher_PC, strict=True)]
+    weights = [(softmax(t) * CLASS_WEIGHTS.numpy()).sum() if kind.class_weighted else 1.0 for t in teacher_PC]
     if kind.form == "squared":
-        return float(np.mean([np.square(p - q).sum() for p, q in pairs]))
-    return float(np.mean([heat**2 * divergence(p, q) for p, q in pairs]))
+        values = [np.square(p - q).sum() for p, q in pairs]
+    else:
+        values = [heat**2 * divergence(p, q) for p, q in pairs]
+    return float(np.mean(np.multiply(weights, values)))
 
 
 def pearson(a: Array, b: Array) -> float:
@@ -120,6 +130,7 @@ def pseudo_labels(kind: PseudoLabels, student_PC: Array, teacher_PC: Array) -> f
     total = 0.0
     for own, known in zip(student_PC, teacher_PC, strict=True):
         weight = np.exp(known.max()) if kind.form == "confidence" else 1.0
+        weight *= float(CLASS_WEIGHTS[known.argmax()]) if kind.class_weighted else 1.0
         total -= weight * np.log(softmax(own)[known.argmax()])
     return total / len(student_PC)
 

@@ -591,6 +591,11 @@ def test_log_frequency_weights_against_the_formula(labels_only: RunConfig, place
         losses.append([line["loss"] for line in records(output) if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0] != pytest.approx(losses[2], rel=1e-3)
+    run = change(labels_only, class_weights=explicit)
+    given = open_inputs(run, run.the_student(), distill=False).class_weights
+    assert given is not None
+    assert float((given * torch.tensor(shares)).sum()) == pytest.approx(1)
+    assert given.numpy() == pytest.approx(np.array(explicit) * float(given[0]) / explicit[0])
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

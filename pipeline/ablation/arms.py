@@ -142,6 +142,7 @@ def _knowledge(name: BuiltIn, run: RunConfig, kept: Collection[str]) -> Iterator
         yield f"knowledge.pseudo_labels.on={json.dumps(zero.on)}"
         yield f"knowledge.pseudo_labels.schedule={json.dumps(zero.schedule)}"
         yield 'knowledge.pseudo_labels.form="hard"'
+        yield f"knowledge.pseudo_labels.class_weighted={json.dumps(zero.class_weighted)}"
 
 
 def _lacks(name: str, key: str) -> ConfigError:

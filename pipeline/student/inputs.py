@@ -233,23 +233,25 @@ def _is_absent_file(value: Any, kept: Any) -> bool:
 
 
 def class_weights(source: DataSource, config: TrainConfig) -> Tensor | None:
-    """Weights of the cross entropy, float32, one a class. Raises ConfigError where their number is not the classes'.
+    """Weights of the classes, float32, with a mean of 1 over the labelled training pixels; cross-entropy divides by
+    their sum, so only their ratios matter to it. Raises ConfigError where their number is not the classes'.
 
-    "log_frequency" is ``1 / ln(1.02 + p)``, p the class's share of the labelled training pixels (Paszke et al. 2016,
-    ENet), which keeps weights between 1.4 and 50.
+    "log_frequency" is ``1 / ln(1.02 + p)``, p the share of those pixels that the class has (Paszke et al. 2016, ENet):
+    ratios of up to 36.
     """
     count = len(source.classes)
     if config.class_weights is None or not config.labelled:
         return None
-    if config.class_weights == "log_frequency":
-        pixels = _class_pixels(source, with_role(source, Role.TRAIN))
-        return torch.from_numpy(1 / np.log(1.02 + pixels / max(pixels.sum(), 1))).float()
-    if len(config.class_weights) != count:
+    if config.class_weights != "log_frequency" and len(config.class_weights) != count:
         raise ConfigError(
             f"train.class_weights has {len(config.class_weights)} weights, the data {count} classes "
             f"({', '.join(source.classes.names)}); give one a class"
         )
-    return torch.tensor(config.class_weights)
+    pixels = _class_pixels(source, with_role(source, Role.TRAIN))
+    shares = pixels / max(pixels.sum(), 1)
+    given = 1 / np.log(1.02 + shares) if config.class_weights == "log_frequency" else np.asarray(config.class_weights)
+    # Where no pixel has a class that weighs anything, nothing is learned from labels, whatever the scale.
+    return torch.from_numpy(given / ((given * shares).sum() or 1.0)).float()
 
 
 def _class_pixels(source: DataSource, samples: Sequence[Sample]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

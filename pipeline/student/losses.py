@@ -168,7 +168,7 @@ def loss_terms(
             assert batch.sources is not None, "knowledge needs a batch with sources"
             aligned_SChw = align(logits_NChw, student_mapping, batch.sources)
             for kind in objective.knowledge:
-                crop_sum = _knowledge(aligned_SChw, batch, decoded, kind)
+                crop_sum = _knowledge(aligned_SChw, batch, decoded, kind, class_weights)
                 terms[kind.name] = crop_sum / denominators.crops[kind.name]
     return terms
 
@@ -184,9 +184,15 @@ def _cross_entropy(
     )
 
 
-def _knowledge(aligned_SChw: Tensor, batch: Batch, decoded: Mapping[str, Tensor], kind: Knowledge) -> Tensor:
+def _knowledge(
+    aligned_SChw: Tensor,
+    batch: Batch,
+    decoded: Mapping[str, Tensor],
+    kind: Knowledge,
+    class_weights: Tensor | None,
+) -> Tensor:
     """Summed over the crops that have a valid cell."""
-    cells = kind.cells(batch)
+    cells = kind.cells(batch, class_weights)
     invalid_S1hw = ~cells.valid_Shw[:, None]
     teacher = {need.target: decoded[need.target].masked_fill(invalid_S1hw, 0.0) for need in kind.needs()}
     return kind.crop_values(aligned_SChw, teacher, cells).where(cells.any(), 0.0).sum()

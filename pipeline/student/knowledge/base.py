@@ -46,6 +46,14 @@ class Cells:
     crop_S: Tensor
     """int64: the crop that each source belongs to."""
     crops: int
+    class_weights_C: Tensor | None = None
+    """Those of the cross-entropy, of mean 1 over the labelled pixels; None where all classes weigh alike."""
+
+    def class_weights_of(self, probabilities_SChw: Tensor) -> Tensor:
+        """What each cell weighs by its classes, S,1,h,w: the mean of their weights under its distribution."""
+        if self.class_weights_C is None:
+            return probabilities_SChw.new_ones(())
+        return (probabilities_SChw * self.class_weights_C[:, None, None]).sum(1, keepdim=True)
 
     def any(self) -> Tensor:
         """N, bool: whether a crop has a valid cell."""
@@ -109,7 +117,7 @@ class Knowledge(ABC):
         in the cache's names, (S,channels,h,w), 0 where a cell is not valid; of log-probabilities -inf is legal.
         """
 
-    def cells(self, batch: Batch) -> Cells:
+    def cells(self, batch: Batch, class_weights_C: Tensor | None = None) -> Cells:
         """The cells of a batch that it acts on. The batch must have sources."""
         sources = batch.sources
         assert sources is not None, "knowledge needs a batch with sources"
@@ -117,7 +125,13 @@ class Knowledge(ABC):
         crop_S = sources.crop_S.to(valid_Shw.device, non_blocking=True)
         if self.on == "auxiliary":
             valid_Shw = valid_Shw & ~batch.labelled_N[crop_S][:, None, None]
-        return Cells(valid_Shw=valid_Shw, exist_Shw=sources.counts_Shw, crop_S=crop_S, crops=len(batch.labelled_N))
+        return Cells(
+            valid_Shw=valid_Shw,
+            exist_Shw=sources.counts_Shw,
+            crop_S=crop_S,
+            crops=len(batch.labelled_N),
+            class_weights_C=class_weights_C,
+        )
 
     def at(self, step: int, steps: int) -> Self:
         """The same with the constant weight that its schedule gives it at ``step`` (from 0) of ``steps``."""

@@ -23,6 +23,9 @@ class PseudoLabels(Knowledge):
     name: ClassVar[str] = "pseudo_labels"
     evidence: ClassVar[Evidence] = {"": None}
 
+    class_weighted: bool = False
+    """Whether cells weigh as train.class_weights weighs their pseudo-labels."""
+
     form: Literal["hard", "confidence"] = "hard"
     """What a cell weighs: ``hard``: 1; ``confidence``: the teacher's largest probability."""
 
@@ -32,7 +35,8 @@ class PseudoLabels(Knowledge):
 
     def crop_values(self, logits_SChw: Tensor, teacher: Mapping[str, Tensor], cells: Cells) -> Tensor:
         log_confidence_Shw, labels_Shw = teacher["soft"].max(1)
-        values_Shw = F.cross_entropy(logits_SChw, labels_Shw, reduction="none")
+        weights_C = cells.class_weights_C if self.class_weighted else None
+        values_Shw = F.cross_entropy(logits_SChw, labels_Shw, weights_C, reduction="none")
         if self.form == "confidence":
             values_Shw = values_Shw * log_confidence_Shw.exp()
         return cells.means(values_Shw)

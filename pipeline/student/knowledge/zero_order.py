@@ -18,7 +18,8 @@ class ZeroOrder(Knowledge):
     """The teacher's class distribution in each cell (pixel-wise distillation); with form "kl" and a temperature above
     1 this is Hinton's knowledge distillation (2015).
 
-    Mean over the valid cells of a crop.
+    Mean over the valid cells of a crop. With ``class_weighted`` a cell's value is multiplied by the mean of
+    train.class_weights under the teacher's distribution, which moves no minimum: that is the teacher still.
     """
 
     name: ClassVar[str] = "zero_order"
@@ -26,6 +27,7 @@ class ZeroOrder(Knowledge):
         "form=kl": Row("demo.md", "student, distilled"),
         "form=squared": None,
         "temperature": None,
+        "class_weighted": None,
     }
 
     weight: float = 1.0
@@ -34,6 +36,8 @@ class ZeroOrder(Knowledge):
     """``kl``: T^2 KL(teacher || student); ``squared``: squared difference of probabilities. Summed over classes."""
     temperature: float = 1.0
     """T: what is compared is softmax(logits / T)."""
+    class_weighted: bool = False
+    """Whether cells weigh as train.class_weights weighs the classes that the teacher sees there."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +49,10 @@ class ZeroOrder(Knowledge):
     def crop_values(self, logits_SChw: Tensor, teacher: Mapping[str, Tensor], cells: Cells) -> Tensor:
         teacher_SChw = (teacher["soft"] / self.temperature).softmax(1)
         if self.form == "squared":
-            return cells.means(((logits_SChw / self.temperature).softmax(1) - teacher_SChw).square().sum(1))
-        student_SChw = (logits_SChw / self.temperature).log_softmax(1)
-        return self.temperature**2 * cells.means(F.kl_div(student_SChw, teacher_SChw, reduction="none").sum(1))
+            values_SChw = ((logits_SChw / self.temperature).softmax(1) - teacher_SChw).square()
+        else:
+            student_SChw = (logits_SChw / self.temperature).log_softmax(1)
+            values_SChw = self.temperature**2 * F.kl_div(student_SChw, teacher_SChw, reduction="none")
+        if self.class_weighted:
+            values_SChw = values_SChw * cells.class_weights_of(teacher["soft"].softmax(1))
+        return cells.means(values_SChw.sum(1))
