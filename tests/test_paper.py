@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -213,3 +214,8 @@ def test_schedule(data: str) -> None:
     assert rates[0] == pytest.approx(1e-5)
     assert rates[2] <= rates[1]
     assert 0 < rates[3] < 1e-5
+
+
+def test_the_readme_names_every_run_file() -> None:
+    named = set(re.findall(r"`([\w-]+\.toml)`", (CONFIGS / "README.md").read_text()))
+    assert named == {path.name for path in CONFIGS.glob("*.toml")}

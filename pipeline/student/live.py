@@ -59,15 +59,18 @@ class LiveTeacher:
         """The values of what is looked at, on all of the teacher's cells."""
         if look.whole and look.sample in self._remembered:
             return self._remembered[look.sample]
-        log_probs, mapping = self._predictor.predict([look.image], [look.sample])
-        height, width = look.image.shape[:2]
-        output = Output(log_probs_NChw=log_probs, mapping=mapping, image_size=(height, width))
-        values = {name: TARGETS[name]().values(output)[0] for name in self._targets}
+        values = self._answer(look)
         size = sum(value.nbytes for value in values.values())
         if look.whole and size <= self._left:
             self._remembered[look.sample] = values
             self._left -= size
         return values
+
+    def _answer(self, look: Look) -> dict[str, Tensor]:
+        log_probs, mapping = self._predictor.predict([look.image], [look.sample])
+        height, width = look.image.shape[:2]
+        output = Output(log_probs_NChw=log_probs, mapping=mapping, image_size=(height, width))
+        return {name: TARGETS[name]().values(output)[0] for name in self._targets}
 
 
 def open_live_teacher(run: RunConfig, classes: Classes, targets: Sequence[str]) -> LiveTeacher:
