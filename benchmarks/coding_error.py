@@ -102,11 +102,13 @@ def losses(
 
 
 def measure(run: RunConfig, steps: int, count: int) -> Iterator[Row]:
-    run = replace(run, train=replace(run.train, teacher_view="image"))
+    run = replace(run, train=replace(run.train, teacher_view="image", device="cpu"))
     student = described(run.the_student())
     inputs = open_inputs(run, student, distill=True)
     uncoded = inputs.targets
     assert isinstance(uncoded, LiveTeacher)
+    if "soft" not in inputs.objective.targets:
+        raise SystemExit("the run learns nothing of the teacher's distributions; give knowledge.zero_order a weight")
     classes = len(inputs.source.classes)
     specs = {
         name: {

@@ -3,9 +3,9 @@
     python benchmarks/paper.py [--bytes-per-cell 2] [--teraflops 100] [--json]
 
 Nothing is run. Networks are built and their multiplications counted; images are those of the official lists at their
-usual size; `--bytes-per-cell` (both targets of `cache.max_kl` = 1e-3, see docs/results/cache.md and camvid-s.md) and
-`--teraflops` (what a GPU really delivers a second) are assumptions to be replaced by one's own. Once the data and a
-teacher are there, `segkd plan --config configs/paper/NAME.toml` measures instead.
+usual size. `--bytes-per-cell` (both targets of `cache.max_kl` = 1e-3; CamVid's are in docs/results/) and `--teraflops`
+(what a GPU really delivers a second) are assumptions to be replaced by one's own. Once the data and a teacher are
+there, `segkd plan --config configs/paper/NAME.toml` measures instead.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +13,9 @@ from segkd.cli.options import json_option, overwrite_option, progress, resumable
 
 if TYPE_CHECKING:
     from segkd.pipeline.config import RunConfig
+
+
+logger = logging.getLogger("segkd")
 
 
 @click.command("train-student", short_help="Stage 2: train a student from a cache, or on labels alone.")
@@ -68,10 +72,16 @@ def train_student(
     if on_damage is not None:
         run = replace(run, train=replace(run.train, on_damage=on_damage))
     if no_distill and (teacher or teacher_view):
-        raise click.UsageError("--no-distill and --teacher exclude each other; give the one that is meant")
-    if teacher is not None:
-        known = run.teacher is not None and run.teacher.reference == teacher
-        run = replace(run, teacher=run.teacher if known else NetworkConfig(reference=teacher))
+        given = "--teacher" if teacher else "--teacher-view"
+        raise click.UsageError(f"--no-distill and {given} exclude each other; give the one that is meant")
+    if teacher is not None and (run.teacher is None or run.teacher.reference != teacher):
+        if run.teacher is not None:
+            logger.warning(
+                "--teacher is %s, and [teacher] of the run file describes %s: what it says is left aside",
+                teacher,
+                run.teacher.reference,
+            )
+        run = replace(run, teacher=NetworkConfig(reference=teacher))
     if teacher is not None or teacher_view is not None:
         view = teacher_view or (run.train.teacher_view if run.train.teacher_view != "cache" else "image")
         run = replace(run, train=replace(run.train, teacher_view=view))

@@ -10,7 +10,7 @@ from segkd.pipeline.ablation.config import AblateConfig
 from segkd.pipeline.data.config import DataConfig
 from segkd.pipeline.data.transforms import AugmentConfig
 from segkd.pipeline.models.network import NetworkConfig
-from segkd.pipeline.settings import parse, read_toml
+from segkd.pipeline.settings import parse, place_of, read_toml
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.knowledge.config import KnowledgeConfig
 from segkd.pipeline.student.losses import LossConfig
@@ -62,4 +62,4 @@ def _described(table: str, network: NetworkConfig | None) -> NetworkConfig:
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that a file describes (none: the defaults) with ``key=value`` overrides. Raises ConfigError."""
     tables = {} if path is None else read_toml(path)
-    return parse(RunConfig, tables, place=None if path is None else str(path), overrides=overrides)
+    return parse(RunConfig, tables, place=None if path is None else place_of(path), overrides=overrides)

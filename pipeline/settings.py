@@ -56,6 +56,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     return _read_toml(Path(path), ())
 
 
+def place_of(path: str | Path) -> str:
+    """How messages name a file that :func:`read_toml` could read: with those whose settings it changes."""
+    base = _own_tables(Path(path)).get(EXTENDS)
+    return str(path) if base is None else f"{path}, which extends {place_of(Path(path).parent / base)}"
+
+
 def _read_toml(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     tables = _own_tables(path)
     if EXTENDS not in tables:
@@ -67,7 +73,12 @@ def _read_toml(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
         )
     if path.resolve() in extending:
         raise ConfigError(f"{path}: it extends itself, by {EXTENDS} = {to_toml_value(name)}; remove one such line")
-    return joined(_read_toml(path.parent / name, (*extending, path.resolve())), tables)
+    base = path.parent / name
+    try:
+        under = _read_toml(base, (*extending, path.resolve()))
+    except ConfigError as error:
+        raise ConfigError(f"{error} (extended by {path})") from None
+    return joined(under, tables)
 
 
 def joined(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,8 +95,8 @@ def _own_tables(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file; name an existing run file (.toml)") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+    except (OSError, ValueError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
         raise ConfigError(f"{path}: cannot be read: {reason}; a run file is a TOML text file") from None
     try:
         return tomllib.loads(text)

@@ -15,6 +15,7 @@ from segkd.pipeline.ablation.arms import views
 from segkd.pipeline.ablation.sweep import plan_sweep
 from segkd.pipeline.config import RunConfig, load
 from segkd.pipeline.data.batch import Batch
+from segkd.pipeline.models.network import Preprocessing
 from segkd.pipeline.models.predictor import Predictor
 from segkd.pipeline.models.references import load_network
 from segkd.pipeline.student import checkpoint, live
@@ -255,6 +256,15 @@ def test_refusals(place: Path, run: RunConfig, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [*arguments, "--teacher", "enet"])
     assert result.exit_code == 2
     assert "--no-distill and --teacher exclude each other; give the one that is meant" in result.output
+    result = CliRunner().invoke(main, [*arguments, "--teacher-view", "crop"])
+    assert "--no-distill and --teacher-view exclude each other; give the one that is meant" in result.output
+    resized = replace(run.the_teacher(), preprocessing=Preprocessing(resize=(66, 90)))
+    with pytest.raises(ConfigError) as caught:
+        opened(replace(run, teacher=resized), "crop")
+    assert str(caught.value) == (
+        "teacher.preprocessing.resize is [66, 90], to which every crop would be enlarged; "
+        'describe the teacher by preprocessing.scale, or set train.teacher_view = "image"'
+    )
     with pytest.raises(ConfigError) as caught:
         replace(run.train, teacher_view="crop", most_entropy=1.0)
     assert str(caught.value) == (
@@ -268,7 +278,9 @@ def test_a_sweep_compares_the_views(place: Path, tmp_path: Path) -> None:
         """ablate.arms.beside.set=["train.teacher_view='image'"]""",
         """ablate.arms.cropped.set=["train.teacher_view='crop'"]""",
         "ablate.arms.heavy.set=['knowledge.first_order.weight=30']",
+        f"""ablate.arms.other.set=["train.teacher_view='image'", "teacher.reference='{place}/third.py:build'"]""",
     ]
+    (place / "third.py").write_text(TEACHER.replace("manual_seed(5)", "manual_seed(7)"))
     run = load(place / "run.toml", ["ablate.ladder=['alone','auxiliary-zero-first']", "ablate.seeds=[0]", *own])
     sweep = plan_sweep(run, tmp_path)
     assert list(views(sweep.arms)) == [
@@ -283,6 +295,7 @@ def test_a_sweep_compares_the_views(place: Path, tmp_path: Path) -> None:
     taught = {job.arm: job.identity["cache"] for job in sweep.jobs}
     assert taught["alone"] == {}
     assert taught["beside"] == taught["cropped"]
+    assert taught["beside"]["weights"] != taught["other"]["weights"]
     cached = taught["auxiliary-zero-first"]
     assert taught["beside"]["weights"] == cached["weights"]
     again = {job.arm: job.identity for job in plan_sweep(run, tmp_path).jobs}

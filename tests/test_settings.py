@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segkd.pipeline.settings import parse, parse_override, read_toml, settings, to_dict, to_toml
+from segkd.pipeline.settings import parse, parse_override, place_of, read_toml, settings, to_dict, to_toml
 from segkd.storage.errors import ConfigError
 
 
@@ -185,7 +185,11 @@ def test_a_file_extends_another(tmp_path: Path) -> None:
     )
     (tmp_path / "in" / "middle.toml").write_text('extends = "../base.toml"\n[train]\narguments = { b = 3 }\n')
     (tmp_path / "in" / "last.toml").write_text('extends = "middle.toml"\n[train]\ncrop = [5, 6]\n[student]\n')
-    outer = parse(Outer, read_toml(tmp_path / "in" / "last.toml"))
+    last = tmp_path / "in" / "last.toml"
+    assert (
+        place_of(last) == f"{last}, which extends {tmp_path}/in/middle.toml, which extends {tmp_path}/in/../base.toml"
+    )
+    outer = parse(Outer, read_toml(last))
     assert outer == Outer(
         data=Data(root="there"), train=Inner(steps=3, crop=(5, 6), arguments={"a": 1, "b": 3}), student=Inner()
     )
@@ -195,11 +199,24 @@ def test_files_that_cannot_be_extended(tmp_path: Path) -> None:
     (tmp_path / "one.toml").write_text('extends = "two.toml"\n')
     (tmp_path / "two.toml").write_text('extends = "one.toml"\n')
     (tmp_path / "number.toml").write_text("extends = 3\n")
+    (tmp_path / "nul.toml").write_text('extends = "a\\u0000.toml"\n')
     (tmp_path / "lost.toml").write_text('extends = "absent.toml"\n')
     for name, expected in [
-        ("one.toml", 'one.toml: it extends itself, by extends = "two.toml"; remove one such line'),
+        (
+            "one.toml",
+            'one.toml: it extends itself, by extends = "two.toml"; remove one such line '
+            f"(extended by {tmp_path}/two.toml) (extended by {tmp_path}/one.toml)",
+        ),
         ("number.toml", "number.toml: extends = 3: expected the name of a run file, relative to this one's folder"),
-        ("lost.toml", "absent.toml: there is no such file; name an existing run file (.toml)"),
+        (
+            "lost.toml",
+            f"absent.toml: there is no such file; name an existing run file (.toml) (extended by {tmp_path}/lost.toml)",
+        ),
+        (
+            "nul.toml",
+            "a\0.toml: cannot be read: embedded null byte; a run file is a TOML text file "
+            f"(extended by {tmp_path}/nul.toml)",
+        ),
     ]:
         with pytest.raises(ConfigError) as caught:
             read_toml(tmp_path / name)

@@ -553,7 +553,7 @@ def test_labels_of_another_size_are_refused() -> None:
     [
         (
             {"distil": False},
-            "a batch has 3 auxiliary samples but there is no cache; "
+            "a batch has 3 auxiliary samples but there is no cache and no teacher; "
             "they are learned from through the teacher alone: set auxiliary to 0, or distil",
         ),
         (

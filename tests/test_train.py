@@ -474,6 +474,13 @@ def test_one_pooled_value_under_batch_norm(labels_only: RunConfig, tmp_path: Pat
             r'^knowledge\.pseudo_labels\.on is "auxiliary", but train\.auxiliary is 0, so it would never act; raise '
             r'train\.auxiliary, set on = "all", or knowledge\.pseudo_labels\.weight = 0$',
         ),
+        (
+            True,
+            {},
+            {"knowledge": knowledge_of(ZeroOrder(weight=1.0, class_weighted=True))},
+            r"^knowledge\.zero_order\.class_weighted is true, but train\.class_weights is not given or train\.labelled "
+            r"is 0, so classes have no weights; give both, or leave class_weighted out$",
+        ),
         (False, {"auxiliary": 0}, {"loss": LossConfig(cross_entropy=0.0)}, "every weight of the loss is 0"),
         (False, {"auxiliary": 0, "class_weights": (1.0,)}, {}, r"has 1 weights, the data 3 classes \(sky, road, car\)"),
         (True, {"device": "cuda:99"}, {}, "'cuda:99', but torch sees"),

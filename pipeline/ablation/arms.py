@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from segkd.pipeline.ablation.config import AblateConfig, BuiltIn
@@ -170,23 +171,29 @@ def effective(run: RunConfig) -> dict[str, Any]:
 
 
 def views(arms: Mapping[str, Arm]) -> Iterator[tuple[str, str, str]]:
-    """The pairs of arms that differ in where the teacher's knowledge comes from and in nothing else: later, earlier,
-    what the difference is.
+    """The pairs of arms that differ in where the same teacher's knowledge comes from and in nothing else.
+
+    Each is later arm, earlier arm, what they differ in.
     """
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, list[str]]] = {}
     for arm in arms.values():
         if arm.distills:
             settings = effective(arm.run)
             view = settings.pop("train.teacher_view")
-            key = json.dumps([settings, *(to_dict(arm.run)[table] for table in ("data", "student"))], sort_keys=True)
-            found.setdefault(key, {}).setdefault(view, arm.name)
+            key = json.dumps([settings, *_tables(arm, "data", "student", "teacher")], sort_keys=True)
+            found.setdefault(key, {}).setdefault(view, []).append(arm.name)
     for by_view in found.values():
         for later, earlier, what in (
             ("cache", "image", "the cache in place of the teacher itself: coding"),
             ("image", "crop", "the teacher on whole images in place of the student's crops: working offline"),
         ):
-            if later in by_view and earlier in by_view:
-                yield by_view[later], by_view[earlier], what
+            for pair in product(by_view.get(later, ()), by_view.get(earlier, ())):
+                yield *pair, what
+
+
+def _tables(arm: Arm, *names: str) -> list[Any]:
+    tables = to_dict(arm.run)
+    return [tables[name] for name in names]
 
 
 def _unmatched(base: RunConfig, arm: RunConfig) -> Iterator[str]:
@@ -205,9 +212,11 @@ def _require_different(arms: Mapping[str, Arm]) -> None:
     """Raises ConfigError for two arms of the same settings: one of them would be trained in vain."""
     seen: dict[str, str] = {}
     for arm in arms.values():
-        everything = [effective(arm.run), *(to_dict(arm.run)[table] for table in ("data", "student"))]
-        if arm.distills:
+        everything = [effective(arm.run), *_tables(arm, "data", "student")]
+        if arm.distills and arm.run.train.teacher_view == "cache":
             everything.append(arm.run.cache.path)
+        elif arm.distills:
+            everything += [*_tables(arm, "teacher"), arm.run.cache.precision]
         key = json.dumps(everything, sort_keys=True)
         if key in seen:
             raise ConfigError(

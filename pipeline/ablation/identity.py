@@ -101,7 +101,7 @@ def differences(held: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             name = key.removeprefix("data.")
             found.append("the classes" if name == "classes" else f"the samples of role {name}")
         elif key.startswith("cache."):
-            found.append(f"the cache's {key.removeprefix('cache.')}")
+            found.append(f"the {key.removeprefix('cache.')} of cache or teacher")
         elif key == "student.code":
             found.append("the student's code")
         else:

@@ -199,7 +199,7 @@ class Looks:
         if min(mapping.shape) == 0:
             raise DataError(
                 f"{piece.sample.id}: no cell of the teacher lies in {by(image.shape[:2])} pixels; "
-                "leave the image out, use larger crops, or give the teacher a resize"
+                "leave the image out, or use larger crops"
             )
         window = window_of(crop, mapping, owned(piece, self._source))
         look = Look(image=image, rows=window.rows, columns=window.columns, sample=piece.sample.id, whole=whole)

@@ -93,7 +93,7 @@ class TrainStream(Dataset[Batch]):
     ) -> None:
         if stream.auxiliary and teacher is None:
             raise ConfigError(
-                f"a batch has {stream.auxiliary} auxiliary samples but there is no cache; "
+                f"a batch has {stream.auxiliary} auxiliary samples but there is no cache and no teacher; "
                 "they are learned from through the teacher alone: set auxiliary to 0, or distil"
             )
         self._source = source

@@ -65,7 +65,8 @@ class TrainConfig:
     clip: float = 0.0
     """Greatest norm of the gradient; 0 leaves it alone."""
     class_weights: tuple[float, ...] | Literal["log_frequency"] | None = None
-    """Weights of the cross entropy, one a class; "log_frequency" is ``1 / ln(1.02 + share of the labelled pixels)``."""
+    """Weights of the cross entropy, one a class, of which only the ratios count; "log_frequency" is ``1 / ln(1.02 +
+    share of the labelled pixels)``. Knowledge that is ``class_weighted`` takes the same."""
     ema: float = 0.999
     """Decay of the averaged network that is validated and kept, reached as ``(1 + t) / (10 + t)``; 0 = no average."""
     amp: Precision = "off"

@@ -167,6 +167,11 @@ def _check_knowledge(knowledge: Sequence[Knowledge], train: TrainConfig) -> None
             "or train on labels alone with --no-distill"
         )
     for kind in knowledge:
+        if getattr(kind, "class_weighted", False) and (train.class_weights is None or not train.labelled):
+            raise ConfigError(
+                f"knowledge.{kind.name}.class_weighted is true, but train.class_weights is not given or train.labelled "
+                "is 0, so classes have no weights; give both, or leave class_weighted out"
+            )
         if kind.on == "auxiliary" and not train.auxiliary:
             raise ConfigError(
                 f'knowledge.{kind.name}.on is "auxiliary", but train.auxiliary is 0, so it would never act; '

@@ -22,6 +22,7 @@ from segkd.pipeline.models.predictor import Predictor
 from segkd.pipeline.models.references import described, load_network
 from segkd.pipeline.teacher.fingerprints import fingerprints, portable
 from segkd.pipeline.teacher.targets import TARGETS, Output
+from segkd.storage.errors import ConfigError
 
 REMEMBERED = 2 << 30
 """Bytes of answers about whole images that are kept, on the device: those that were given first."""
@@ -38,8 +39,17 @@ class LiveTeacher:
         self._left = REMEMBERED
 
     def looks(self, source: DataSource, view: View) -> Looks:
-        """What it is to look at, for a stream of ``source``'s images."""
-        return Looks(source, self._predictor.grid, self._predictor.config.preprocessing, view)
+        """What it is to look at, for a stream of ``source``'s images.
+
+        Raises ConfigError for crops where the teacher has every image resized: crops would be enlarged to that size.
+        """
+        preprocessing = self._predictor.config.preprocessing
+        if view == "crop" and preprocessing.resize is not None:
+            raise ConfigError(
+                f"teacher.preprocessing.resize is {list(preprocessing.resize)}, to which every crop would be enlarged; "
+                'describe the teacher by preprocessing.scale, or set train.teacher_view = "image"'
+            )
+        return Looks(source, self._predictor.grid, preprocessing, view)
 
     def __call__(self, sources: Sources) -> dict[str, Tensor]:
         """Float32 values (S,channels,h,w) of each target; 0 outside a source's window.
@@ -84,4 +94,5 @@ def open_live_teacher(run: RunConfig, classes: Classes, targets: Sequence[str]) 
     predictor = Predictor(network, teacher, classes.names, device=find_device(run.train.device), precision=precision)
     kept = {**portable(teacher), "precision": precision}
     found = fingerprints(network, kept, teacher.reference, classes, ())
+    del found["coding"]  # there is none
     return LiveTeacher(predictor, targets, found)

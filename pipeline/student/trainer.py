@@ -75,7 +75,7 @@ class Trainer:
         (height, width), fed = batch.labels_NHW.shape[-2:], batch.images_N3HW.shape[-2:]
         student = self.network.grid.mapping_in((height, width), (fed[0], fed[1]))
         logits_NChw = self._forward(batch.images_N3HW, labelled)
-        decoded = {} if batch.sources is None or self._targets is None else self._targets(batch.sources)
+        decoded = self._decoded(batch)
         objective = self.objective.at(step, self.config.steps)
         loss, terms = total_loss(logits_NChw, student, batch, decoded, objective, self._class_weights)
         norm = self._backward(loss)
@@ -105,6 +105,12 @@ class Trainer:
                 "can be learned; return floating-point logits and leave out argmax, detach() and no_grad()"
             )
         return logits_NChw
+
+    def _decoded(self, batch: Batch) -> Mapping[str, Tensor]:
+        """The teacher's targets, where anything is learned of them."""
+        if batch.sources is None or self._targets is None or not self.objective.knowledge:
+            return {}
+        return self._targets(batch.sources)
 
     def _backward(self, loss: Tensor) -> Tensor:
         """Gradients, clipped; returns their norm before clipping."""
