@@ -67,17 +67,17 @@ class CodedTeacher(LiveTeacher):
     """The same teacher's answers as a cache of the given specifications would give them back."""
 
     def __init__(self, uncoded: LiveTeacher, specs: Mapping[str, TargetSpec]) -> None:
-        super().__init__(uncoded._predictor, uncoded._targets, uncoded.fingerprints)
+        super().__init__(uncoded.predictor, uncoded.targets, uncoded.fingerprints)
         self._uncoded, self._specs = uncoded, specs
 
-    def _answer(self, look: Look) -> dict[str, Tensor]:
+    def answer(self, look: Look) -> dict[str, Tensor]:
         height, width = look.image.shape[:2]
-        log_probs = self._uncoded._of(look)["soft"][None]
-        mapping, _ = self._predictor.mapping(height, width)
+        log_probs = self._uncoded.values(look)["soft"][None]
+        mapping, _ = self.predictor.mapping(height, width)
         coded = code_targets(self._specs, log_probs, mapping, (height, width), [look.sample])
         return {
             name: self._specs[name].coder.decode(coded[name].codes[0][None], coded[name].rungs)[0]
-            for name in self._targets
+            for name in self.targets
         }
 
 

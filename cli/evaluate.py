@@ -61,6 +61,7 @@ def evaluate(
     from segkd.pipeline.data.sample import Role
     from segkd.pipeline.device import find_device
     from segkd.pipeline.evaluation import evaluate as evaluation
+    from segkd.pipeline.models.references import described_predictor
     from segkd.storage.reader import CacheReader
 
     source = open_data(run.data if run is not None else evaluation.data_of_checkpoint(str(checkpoint)))
@@ -74,6 +75,6 @@ def evaluate(
             )
         else:
             network = run.the_teacher() if subject == "teacher" else run.the_student()
-            predictor = evaluation.described_predictor(network, source.classes, device=where)
+            predictor = described_predictor(network, source.classes.names, device=where)
         result = evaluation.evaluate_network(predictor, source, Role(role), speed=speed, progress=progress())
     show(result.to_dict(), result.text(), as_json=as_json)

@@ -25,8 +25,8 @@ from segkd.pipeline.ablation.worker import perform
 from segkd.pipeline.config import load
 from segkd.pipeline.data.readers import open_data
 from segkd.pipeline.data.sample import Role
-from segkd.pipeline.evaluation.evaluate import described_predictor, evaluate_network
-from segkd.pipeline.models.references import load_network
+from segkd.pipeline.evaluation.evaluate import evaluate_network
+from segkd.pipeline.models.references import described_predictor, load_network
 from segkd.pipeline.student import checkpoint
 from segkd.pipeline.teacher.cache import teacher_cache
 from segkd.storage.errors import RecordError
@@ -139,7 +139,7 @@ def test_a_record_has_the_last_average_s_scores_on_report_and_every_image_s_matr
         # Independently: the averaged weights, put into the network by hand.
         description, tensors = checkpoint.load(folder / "last.safetensors")
         assert any(name.startswith("ema.") for name in tensors)
-        predictor = described_predictor(description.network, source.classes, device=torch.device("cpu"))
+        predictor = described_predictor(description.network, source.classes.names, device=torch.device("cpu"))
         checkpoint.load_weights(predictor.network, checkpoint.part(tensors, "ema."), folder)
         expected = evaluate_network(predictor, source, Role.REPORT)
         record = load_record(undisturbed, arm, 1)

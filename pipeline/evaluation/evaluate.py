@@ -18,10 +18,8 @@ from segkd.pipeline.evaluation.cached import CachedTeacher
 from segkd.pipeline.evaluation.metrics import ConfusionMatrix
 from segkd.pipeline.evaluation.scores import OnSample, Predict, Scores, score
 from segkd.pipeline.evaluation.speed import Latency, count_flops, count_parameters, latency
-from segkd.pipeline.models.network import NetworkConfig
-from segkd.pipeline.models.predictor import Precision, Predictor
+from segkd.pipeline.models.predictor import Predictor
 from segkd.pipeline.models.preprocessing import placement
-from segkd.pipeline.models.references import described, load_network
 from segkd.pipeline.progress import SILENT, Progress
 from segkd.pipeline.settings import parse
 from segkd.pipeline.student import checkpoint
@@ -70,15 +68,6 @@ class Evaluation:
     def text(self) -> str:
         """For people."""
         return self.scores.table() if self.cost is None else f"{self.scores.table()}\n{self.cost.text()}"
-
-
-def described_predictor(
-    config: NetworkConfig, classes: Classes, *, device: torch.device, precision: Precision = "off"
-) -> Predictor:
-    """The network that a run file describes, over the data's classes. Raises NetworkError."""
-    config = described(config)
-    network = load_network(config, len(config.classes or classes))
-    return Predictor(network, config, classes.names, device=device, precision=precision)
 
 
 def checkpoint_predictor(

@@ -13,7 +13,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -28,6 +28,7 @@ from segkd.pipeline.models.fast_scnn import FastSCNN
 from segkd.pipeline.models.foreign import ForeignNetwork, RecordedNetwork, check_grid
 from segkd.pipeline.models.layers import Network
 from segkd.pipeline.models.network import NetworkConfig
+from segkd.pipeline.models.predictor import Precision, Predictor
 from segkd.pipeline.models.weights import warm_start
 from segkd.pipeline.settings import joined, parse, relative_to_here, to_dict
 from segkd.storage.errors import NetworkError
@@ -69,6 +70,15 @@ def load_network(config: NetworkConfig, num_classes: int) -> Network:
             "its order (classes = [...]), or build it for those of the data"
         )
     return network
+
+
+def described_predictor(
+    config: NetworkConfig, classes: Sequence[str], *, device: torch.device, precision: Precision = "off"
+) -> Predictor:
+    """The network that a run file describes, over the data's classes. Raises NetworkError, ConfigError."""
+    config = described(config)
+    network = load_network(config, len(config.classes or classes))
+    return Predictor(network, config, classes, device=device, precision=precision)
 
 
 def described(config: NetworkConfig) -> NetworkConfig:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,32 +20,29 @@ from torch import nn
 
 from segkd.pipeline.data.sample import Classes
 from segkd.pipeline.models.network import NetworkConfig
+from segkd.pipeline.models.predictor import Predictor
 from segkd.storage.spec import TargetSpec
 
 
-def fingerprints(
-    network: nn.Module,
-    teacher: Mapping[str, Any],
-    reference: str,
-    classes: Classes,
-    targets: Iterable[TargetSpec],
-) -> dict[str, str]:
-    """What a cache's specification records and what opening it for more compares.
-
-    ``teacher``: its description as a cache keeps it; ``reference``: where its code lies.
-    """
-    description = dict(teacher)
+def fingerprints(teacher: Predictor, classes: Classes, targets: Iterable[TargetSpec]) -> dict[str, str]:
+    """What a cache's specification records and what opening it for more compares."""
+    description = kept_description(teacher)
     preprocessing = description.pop("preprocessing")
     channels = {name: description.pop(name) for name in ("classes", "class_map")}
     return {
         "teacher": _digest(description),
-        "weights": weights_digest(network),
+        "weights": weights_digest(teacher.network),
         # What a Python file computes, or a frozen program has for weights, no tensor tells.
-        "code": _digest(code_of(reference)),
+        "code": _digest(code_of(teacher.config.reference)),
         "preprocessing": _digest(preprocessing),
         "classes": _digest({"data": classes.names, **channels}),
         "coding": _digest([target.to_dict() for target in targets]),
     }
+
+
+def kept_description(teacher: Predictor) -> dict[str, Any]:
+    """What a cache keeps of its teacher."""
+    return {**portable(teacher.config), "precision": teacher.precision}
 
 
 def portable(config: NetworkConfig) -> dict[str, Any]:

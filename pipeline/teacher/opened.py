@@ -12,9 +12,9 @@ from segkd.pipeline.data.readers import open_data
 from segkd.pipeline.data.sample import DataSource, Sample, with_role
 from segkd.pipeline.device import find_device
 from segkd.pipeline.models.predictor import Predictor
-from segkd.pipeline.models.references import described, load_network
+from segkd.pipeline.models.references import described_predictor
 from segkd.pipeline.teacher.config import CacheConfig
-from segkd.pipeline.teacher.fingerprints import fingerprints, portable
+from segkd.pipeline.teacher.fingerprints import fingerprints, kept_description
 from segkd.pipeline.teacher.loop import Stage1
 from segkd.pipeline.teacher.targets import TARGETS
 from segkd.storage.errors import DataError
@@ -65,20 +65,18 @@ def open_run(run: RunConfig) -> Opened:
     samples = with_role(data, *config.roles)
     if not samples:
         raise DataError(f"the data has no sample of role {', '.join(config.roles)}; check cache.roles and the lists")
-    teacher = described(run.the_teacher())
-    network = load_network(teacher, len(teacher.classes or data.classes.names))
-    device = find_device(config.device)
-    predictor = Predictor(network, teacher, data.classes.names, device=device, precision=config.precision)
+    predictor = described_predictor(
+        run.the_teacher(), data.classes.names, device=find_device(config.device), precision=config.precision
+    )
     planned = plan_samples(data, samples, predictor, threads=config.decoders)
     targets = target_specs(config, len(data.classes))
-    kept = {**portable(teacher), "precision": config.precision}
     spec = CacheSpec(
         classes=data.classes.names,
         targets=targets,
         # What a cache was begun with stays, whatever its list has become.
         tile=config.tile or tile_of(Path(config.path), usual_tile(planned)),
-        fingerprints=fingerprints(network, kept, teacher.reference, data.classes, targets.values()),
-        teacher=kept,
+        fingerprints=fingerprints(predictor, data.classes, targets.values()),
+        teacher=kept_description(predictor),
     )
     return Opened(
         config=config,
