@@ -10,7 +10,7 @@ from segkd.pipeline.ablation.config import AblateConfig
 from segkd.pipeline.data.config import DataConfig
 from segkd.pipeline.data.transforms import AugmentConfig
 from segkd.pipeline.models.network import NetworkConfig
-from segkd.pipeline.settings import parse, place_of, read_toml
+from segkd.pipeline.settings import parse, read_toml
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.knowledge.config import KnowledgeConfig
 from segkd.pipeline.student.losses import LossConfig
@@ -61,5 +61,7 @@ def _described(table: str, network: NetworkConfig | None) -> NetworkConfig:
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that a file describes (none: the defaults) with ``key=value`` overrides. Raises ConfigError."""
-    tables = {} if path is None else read_toml(path)
-    return parse(RunConfig, tables, place=None if path is None else place_of(path), overrides=overrides)
+    if path is None:
+        return parse(RunConfig, {}, overrides=overrides)
+    file = read_toml(path)
+    return parse(RunConfig, file.tables, place=file.place, overrides=overrides)

@@ -47,7 +47,16 @@ class Override:
     text: str
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class TomlFile:
+    """A TOML file, put over the one that it ``extends``, if it does."""
+
+    tables: dict[str, Any]
+    place: str
+    """How messages name it: with those whose settings it changes."""
+
+
+def read_toml(path: str | Path) -> TomlFile:
     """The tables of a TOML file, put over those of the file that it ``extends``, if it does.
 
     Tables are joined key by key; of any other value the later one stands. Raises ConfigError for a file that is absent
@@ -56,16 +65,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     return _read_toml(Path(path), ())
 
 
-def place_of(path: str | Path) -> str:
-    """How messages name a file that :func:`read_toml` could read: with those whose settings it changes."""
-    base = _own_tables(Path(path)).get(EXTENDS)
-    return str(path) if base is None else f"{path}, which extends {place_of(Path(path).parent / base)}"
-
-
-def _read_toml(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+def _read_toml(path: Path, extending: tuple[Path, ...]) -> TomlFile:
     tables = _own_tables(path)
     if EXTENDS not in tables:
-        return tables
+        return TomlFile(tables, str(path))
     name = tables.pop(EXTENDS)
     if not isinstance(name, str):
         raise ConfigError(
@@ -73,12 +76,11 @@ def _read_toml(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
         )
     if path.resolve() in extending:
         raise ConfigError(f"{path}: it extends itself, by {EXTENDS} = {to_toml_value(name)}; remove one such line")
-    base = path.parent / name
     try:
-        under = _read_toml(base, (*extending, path.resolve()))
+        base = _read_toml(path.parent / name, (*extending, path.resolve()))
     except ConfigError as error:
         raise ConfigError(f"{error} (extended by {path})") from None
-    return joined(under, tables)
+    return TomlFile(joined(base.tables, tables), f"{path}, which extends {base.place}")
 
 
 def joined(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segkd.pipeline.settings import parse, parse_override, place_of, read_toml, settings, to_dict, to_toml
+from segkd.pipeline.settings import parse, parse_override, read_toml, settings, to_dict, to_toml
 from segkd.storage.errors import ConfigError
 
 
@@ -187,9 +187,10 @@ def test_a_file_extends_another(tmp_path: Path) -> None:
     (tmp_path / "in" / "last.toml").write_text('extends = "middle.toml"\n[train]\ncrop = [5, 6]\n[student]\n')
     last = tmp_path / "in" / "last.toml"
     assert (
-        place_of(last) == f"{last}, which extends {tmp_path}/in/middle.toml, which extends {tmp_path}/in/../base.toml"
+        read_toml(last).place
+        == f"{last}, which extends {tmp_path}/in/middle.toml, which extends {tmp_path}/in/../base.toml"
     )
-    outer = parse(Outer, read_toml(last))
+    outer = parse(Outer, read_toml(last).tables)
     assert outer == Outer(
         data=Data(root="there"), train=Inner(steps=3, crop=(5, 6), arguments={"a": 1, "b": 3}), student=Inner()
     )
