@@ -87,7 +87,12 @@ def gradient(network: nn.Module, loss: Tensor) -> Tensor:
 
 
 def losses(
-    network: Network, batch_norms: BatchNorms, batch: Batch, teachers: Mapping[str, LiveTeacher], knowledge: Objective
+    network: Network,
+    batch_norms: BatchNorms,
+    batch: Batch,
+    teachers: Mapping[str, LiveTeacher],
+    knowledge: Objective,
+    class_weights: Tensor | None,
 ) -> dict[str, Tensor]:
     """The loss of the knowledge terms by each teacher, all of one forward pass."""
     assert batch.sources is not None
@@ -96,7 +101,7 @@ def losses(
     (height, width), fed = batch.labels_NHW.shape[-2:], batch.images_N3HW.shape[-2:]
     mapping = network.grid.mapping_in((height, width), (fed[0], fed[1]))
     return {
-        name: total_loss(logits, mapping, batch, teacher(batch.sources), knowledge)[0]
+        name: total_loss(logits, mapping, batch, teacher(batch.sources), knowledge, class_weights)[0]
         for name, teacher in teachers.items()
     }
 
@@ -125,13 +130,18 @@ def measure(run: RunConfig, steps: int, count: int) -> Iterator[Row]:
     trainer = begin(student, inputs, run.train, torch.device("cpu"))
     for step in range(steps + 1):
         if step in (0, steps // 2, steps):
-            yield from compare(trainer, batches, teachers, knowledge, step)
+            yield from compare(trainer, batches, teachers, knowledge, inputs.class_weights, step)
         if step < steps:
             trainer.step(inputs.stream[step], step)
 
 
 def compare(
-    trainer: Trainer, batches: list[Batch], teachers: Mapping[str, LiveTeacher], knowledge: Objective, step: int
+    trainer: Trainer,
+    batches: list[Batch],
+    teachers: Mapping[str, LiveTeacher],
+    knowledge: Objective,
+    class_weights: Tensor | None,
+    step: int,
 ) -> Iterator[Row]:
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in teachers if name != "uncoded"}
     reference = []
@@ -139,7 +149,7 @@ def compare(
     network = copy.deepcopy(trainer.network)
     batch_norms = BatchNorms(network, trainer.config.batch_norm)
     for batch in batches:
-        by_name = losses(network, batch_norms, batch, teachers, knowledge)
+        by_name = losses(network, batch_norms, batch, teachers, knowledge, class_weights)
         true_loss = by_name.pop("uncoded")
         true = gradient(network, true_loss)
         reference.append(true_loss.item())

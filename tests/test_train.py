@@ -598,8 +598,15 @@ def test_log_frequency_weights_against_the_formula(labels_only: RunConfig, place
         losses.append([line["loss"] for line in records(output) if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0] != pytest.approx(losses[2], rel=1e-3)
-    run = change(labels_only, class_weights=explicit)
-    given = open_inputs(run, run.the_student(), distill=False).class_weights
+
+
+def test_class_weights_that_knowledge_shares_have_a_mean_of_1(run: RunConfig, place: Path) -> None:
+    labels = [np.asarray(Image.open(path)) for path in (place / "data" / "labels" / "train").iterdir()]
+    shares = [np.mean(np.concatenate(labels) == k) for k in range(3)]
+    explicit = (2.0, 0.5, 7.0)
+    kind = ZeroOrder(weight=1.0, class_weighted=True)
+    run = replace(change(run, class_weights=explicit), knowledge=knowledge_of(kind))
+    given = open_inputs(run, run.the_student(), distill=True).class_weights
     assert given is not None
     assert float((given * torch.tensor(shares)).sum()) == pytest.approx(1)
     assert given.numpy() == pytest.approx(np.array(explicit) * float(given[0]) / explicit[0])

@@ -20,11 +20,12 @@ from segkd.pipeline.data.contamination import find_twins, require_apart
 from segkd.pipeline.data.contents import read_contents
 from segkd.pipeline.data.readers import open_data
 from segkd.pipeline.data.sample import IGNORE, LEARNED, SCORED, DataSource, Role, Sample, with_role
+from segkd.pipeline.data.sources import Looks
 from segkd.pipeline.data.stream import StreamConfig, TrainStream
 from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.progress import SILENT, Progress
 from segkd.pipeline.student.config import TrainConfig
-from segkd.pipeline.student.knowledge.base import Knowledge
+from segkd.pipeline.student.knowledge.base import ClassWeighted, Knowledge
 from segkd.pipeline.student.knowledge.config import KnowledgeConfig
 from segkd.pipeline.student.leaks import warn_of_label_leaks
 from segkd.pipeline.student.live import open_live_teacher
@@ -86,11 +87,7 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool, progre
             "the data has no sample of role select to validate on: no best.safetensors is written, "
             "last.safetensors is what training gives"
         )
-    cache, live = None, None
-    if distill and train.teacher_view == "cache":
-        cache = _open_cache(run, objective)
-    elif distill:
-        live = open_live_teacher(run, source.classes, objective.targets)
+    teacher, targets, fingerprints = _open_teacher(run, source, objective) if distill else (None, None, {})
     config = StreamConfig(
         labelled=train.labelled,
         auxiliary=train.auxiliary,
@@ -99,20 +96,30 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool, progre
         seed=train.seed,
         on_damage=train.on_damage,
     )
-    looks = None if live is None or train.teacher_view == "cache" else live.looks(source, train.teacher_view)
-    stream = TrainStream(source, cache or looks, objective.targets, config, run.augment, student.preprocessing)
+    stream = TrainStream(source, teacher, objective.targets, config, run.augment, student.preprocessing)
     seen = _compare(run, source, stream.samples, select, progress)
-    weights = class_weights(source, train)
     return Inputs(
         source=source,
-        fingerprints=cache.spec.fingerprints if cache else live.fingerprints if live else {},
-        targets=partial(_decoded, cache, objective.targets) if cache else live,
+        fingerprints=fingerprints,
+        targets=targets,
         objective=objective,
         stream=stream,
         select=select,
-        class_weights=weights,
+        class_weights=class_weights(source, train, objective.knowledge),
         seen=seen,
     )
+
+
+def _open_teacher(
+    run: RunConfig, source: DataSource, objective: Objective
+) -> tuple[CacheReader | Looks, Targets, Mapping[str, str]]:
+    """What a stream has the teacher's side from, what makes targets of it, and the fingerprints of what that is."""
+    view = run.train.teacher_view
+    if view != "cache":
+        live = open_live_teacher(run, source.classes, objective.targets)
+        return live.looks(source, view), live, live.fingerprints
+    cache = _open_cache(run, objective)
+    return cache, partial(_decoded, cache, objective.targets), cache.spec.fingerprints
 
 
 def _open_cache(run: RunConfig, objective: Objective) -> CacheReader:
@@ -167,7 +174,7 @@ def _check_knowledge(knowledge: Sequence[Knowledge], train: TrainConfig) -> None
             "or train on labels alone with --no-distill"
         )
     for kind in knowledge:
-        if getattr(kind, "class_weighted", False) and (train.class_weights is None or not train.labelled):
+        if _is_class_weighted(kind) and (train.class_weights is None or not train.labelled):
             raise ConfigError(
                 f"knowledge.{kind.name}.class_weighted is true, but train.class_weights is not given or train.labelled "
                 "is 0, so classes have no weights; give both, or leave class_weighted out"
@@ -237,9 +244,15 @@ def _is_absent_file(value: Any, kept: Any) -> bool:
     return isinstance(kept, str) and kept.startswith(f"{Path(str(value)).name} sha256:")
 
 
-def class_weights(source: DataSource, config: TrainConfig) -> Tensor | None:
-    """Weights of the classes, float32, with a mean of 1 over the labelled training pixels; cross-entropy divides by
-    their sum, so only their ratios matter to it. Raises ConfigError where their number is not the classes'.
+def _is_class_weighted(kind: Knowledge) -> bool:
+    return isinstance(kind, ClassWeighted) and kind.class_weighted
+
+
+def class_weights(source: DataSource, config: TrainConfig, knowledge: Sequence[Knowledge]) -> Tensor | None:
+    """Weights of the classes, float32. Raises ConfigError where their number is not the classes'.
+
+    Cross-entropy divides by their sum, so only their ratios matter to it. Where knowledge takes them too, they have a
+    mean of 1 over the labelled training pixels.
 
     "log_frequency" is ``1 / ln(1.02 + p)``, p the share of those pixels that the class has (Paszke et al. 2016, ENet):
     ratios of up to 36.
@@ -252,11 +265,15 @@ def class_weights(source: DataSource, config: TrainConfig) -> Tensor | None:
             f"train.class_weights has {len(config.class_weights)} weights, the data {count} classes "
             f"({', '.join(source.classes.names)}); give one a class"
         )
+    shared = any(map(_is_class_weighted, knowledge))
+    if config.class_weights != "log_frequency" and not shared:
+        return torch.tensor(config.class_weights)  # no label map need be read
     pixels = _class_pixels(source, with_role(source, Role.TRAIN))
     shares = pixels / max(pixels.sum(), 1)
     given = 1 / np.log(1.02 + shares) if config.class_weights == "log_frequency" else np.asarray(config.class_weights)
     # Where no pixel has a class that weighs anything, nothing is learned from labels, whatever the scale.
-    return torch.from_numpy(given / ((given * shares).sum() or 1.0)).float()
+    mean = float((given * shares).sum()) or 1.0
+    return torch.from_numpy(given / mean if shared else given).float()
 
 
 def _class_pixels(source: DataSource, samples: Sequence[Sample]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

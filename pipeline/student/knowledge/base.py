@@ -47,13 +47,12 @@ class Cells:
     """int64: the crop that each source belongs to."""
     crops: int
     class_weights_C: Tensor | None = None
-    """Those of the cross-entropy, of mean 1 over the labelled pixels; None where all classes weigh alike."""
+    """Those of the cross-entropy, of mean 1 over the labelled pixels; None where classes have none."""
 
     def class_weights_of(self, probabilities_SChw: Tensor) -> Tensor:
-        """What each cell weighs by its classes, S,1,h,w: the mean of their weights under its distribution."""
-        if self.class_weights_C is None:
-            return probabilities_SChw.new_ones(())
-        return (probabilities_SChw * self.class_weights_C[:, None, None]).sum(1, keepdim=True)
+        """What each cell weighs by its classes, S,h,w: the mean of their weights under its distribution."""
+        assert self.class_weights_C is not None, "class-weighted knowledge needs class weights"
+        return (probabilities_SChw * self.class_weights_C[:, None, None]).sum(1)
 
     def any(self) -> Tensor:
         """N, bool: whether a crop has a valid cell."""
@@ -143,3 +142,11 @@ class Knowledge(ABC):
 
     def _require_temperature(self, temperature: float) -> None:
         self._require("temperature", 0 < temperature < math.inf, "a finite number above 0 (1 = as is)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassWeighted(Knowledge):
+    """One whose cells may weigh as classes weigh in the cross-entropy."""
+
+    class_weighted: bool = False
+    """Whether cells weigh as train.class_weights weighs the classes that the teacher sees there."""

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segkd.pipeline.evidence import Evidence
-from segkd.pipeline.student.knowledge.base import Cells, Knowledge, Need
+from segkd.pipeline.student.knowledge.base import Cells, ClassWeighted, Need
 
 
 @dataclass(frozen=True, kw_only=True)
-class PseudoLabels(Knowledge):
+class PseudoLabels(ClassWeighted):
     """Cross-entropy of the student with the teacher's argmax in each cell (Lee, 2013).
 
     Mean over the valid cells of a crop, whatever they weigh: crops that the teacher is unsure of count less.
@@ -22,9 +22,6 @@ class PseudoLabels(Knowledge):
 
     name: ClassVar[str] = "pseudo_labels"
     evidence: ClassVar[Evidence] = {"": None}
-
-    class_weighted: bool = False
-    """Whether cells weigh as train.class_weights weighs their pseudo-labels."""
 
     form: Literal["hard", "confidence"] = "hard"
     """What a cell weighs: ``hard``: 1; ``confidence``: the teacher's largest probability."""
@@ -35,8 +32,10 @@ class PseudoLabels(Knowledge):
 
     def crop_values(self, logits_SChw: Tensor, teacher: Mapping[str, Tensor], cells: Cells) -> Tensor:
         log_confidence_Shw, labels_Shw = teacher["soft"].max(1)
-        weights_C = cells.class_weights_C if self.class_weighted else None
-        values_Shw = F.cross_entropy(logits_SChw, labels_Shw, weights_C, reduction="none")
+        values_Shw = F.cross_entropy(logits_SChw, labels_Shw, reduction="none")
         if self.form == "confidence":
             values_Shw = values_Shw * log_confidence_Shw.exp()
+        if self.class_weighted:
+            one_hot_SChw = F.one_hot(labels_Shw, logits_SChw.shape[1]).movedim(-1, 1)
+            values_Shw = values_Shw * cells.class_weights_of(one_hot_SChw)
         return cells.means(values_Shw)

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segkd.pipeline.evidence import Evidence, Row
-from segkd.pipeline.student.knowledge.base import Cells, Knowledge, Need
+from segkd.pipeline.student.knowledge.base import Cells, ClassWeighted, Need
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroOrder(Knowledge):
+class ZeroOrder(ClassWeighted):
     """The teacher's class distribution in each cell (pixel-wise distillation); with form "kl" and a temperature above
     1 this is Hinton's knowledge distillation (2015).
 
@@ -27,7 +27,7 @@ class ZeroOrder(Knowledge):
         "form=kl": Row("demo.md", "student, distilled"),
         "form=squared": None,
         "temperature": None,
-        "class_weighted": None,
+        "class_weighted": Row("camvid-s.md", "zero"),
     }
 
     weight: float = 1.0
@@ -36,8 +36,6 @@ class ZeroOrder(Knowledge):
     """``kl``: T^2 KL(teacher || student); ``squared``: squared difference of probabilities. Summed over classes."""
     temperature: float = 1.0
     """T: what is compared is softmax(logits / T)."""
-    class_weighted: bool = False
-    """Whether cells weigh as train.class_weights weighs the classes that the teacher sees there."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,10 +47,10 @@ class ZeroOrder(Knowledge):
     def crop_values(self, logits_SChw: Tensor, teacher: Mapping[str, Tensor], cells: Cells) -> Tensor:
         teacher_SChw = (teacher["soft"] / self.temperature).softmax(1)
         if self.form == "squared":
-            values_SChw = ((logits_SChw / self.temperature).softmax(1) - teacher_SChw).square()
+            values_Shw = ((logits_SChw / self.temperature).softmax(1) - teacher_SChw).square().sum(1)
         else:
             student_SChw = (logits_SChw / self.temperature).log_softmax(1)
-            values_SChw = self.temperature**2 * F.kl_div(student_SChw, teacher_SChw, reduction="none")
+            values_Shw = self.temperature**2 * F.kl_div(student_SChw, teacher_SChw, reduction="none").sum(1)
         if self.class_weighted:
-            values_SChw = values_SChw * cells.class_weights_of(teacher["soft"].softmax(1))
-        return cells.means(values_SChw.sum(1))
+            values_Shw = values_Shw * cells.class_weights_of(teacher["soft"].softmax(1))
+        return cells.means(values_Shw)
