@@ -34,9 +34,9 @@ from segkd.pipeline.student.losses import LossConfig, Objective, total_loss
 from segkd.pipeline.student.runtime import torch_settings
 from segkd.pipeline.student.train import begin
 from segkd.pipeline.student.trainer import Trainer
+from segkd.pipeline.teacher.coded import code_targets
 from segkd.pipeline.teacher.config import CacheConfig
 from segkd.pipeline.teacher.opened import target_specs
-from segkd.pipeline.teacher.targets import code_targets
 from segkd.storage.spec import TargetSpec
 
 BOUNDS: Mapping[str, CacheConfig] = {

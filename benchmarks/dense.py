@@ -28,8 +28,9 @@ from numcodecs.zstd import Zstd
 from rate_distortion import TILE, Image, synthetic_images, teacher_images, tiles
 
 from segkd.pipeline.config import load
+from segkd.pipeline.teacher.coded import code_targets
 from segkd.pipeline.teacher.config import CacheConfig
-from segkd.pipeline.teacher.targets import TARGETS, code_targets
+from segkd.pipeline.teacher.targets import TARGETS
 from segkd.storage import context
 from segkd.storage.chunks import CHECKSUM
 from segkd.storage.packing import ZSTD_LEVEL

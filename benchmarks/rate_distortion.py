@@ -32,9 +32,10 @@ from torch.nn import functional as F
 
 from segkd.pipeline.config import load
 from segkd.pipeline.models.network import Grid
+from segkd.pipeline.teacher.coded import code
 from segkd.pipeline.teacher.config import CacheConfig
 from segkd.pipeline.teacher.opened import open_run
-from segkd.pipeline.teacher.targets import TARGETS, Output, SoftTargets, code
+from segkd.pipeline.teacher.targets import TARGETS, Output, SoftTargets
 from segkd.storage.coding import from_float16, to_float16
 from segkd.storage.context import decode as context_decode
 from segkd.storage.context import encode as context_encode

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segkd.pipeline.models.network import Grid
+from segkd.pipeline.teacher.coded import Coded, code, code_targets
 from segkd.pipeline.teacher.config import CacheConfig
-from segkd.pipeline.teacher.targets import TARGETS, Coded, Output, code, code_targets, kl_divergence
+from segkd.pipeline.teacher.targets import TARGETS, Output, kl_divergence
 from segkd.storage.coding import EXACT, CompandedDistribution
 from segkd.storage.errors import CacheError, ConfigError, NonFiniteError
 from segkd.storage.spec import TargetSpec

@@ -25,7 +25,7 @@ from torch import Tensor
 from segkd.pipeline.data.sample import DataSource, Sample
 from segkd.pipeline.models.predictor import Predictor
 from segkd.pipeline.models.preprocessing import prepare
-from segkd.pipeline.teacher.targets import Coded, code_targets
+from segkd.pipeline.teacher.coded import Coded, code_targets
 from segkd.storage.errors import DataError, NetworkError
 from segkd.storage.layout import Plan, PlannedSample, Unit
 from segkd.storage.spec import CacheSpec

@@ -25,10 +25,10 @@ from torch import Tensor
 from segkd.pipeline.evaluation.speed import synchronise
 from segkd.pipeline.models.predictor import Predictor
 from segkd.pipeline.models.preprocessing import placement
+from segkd.pipeline.teacher.coded import Coded
 from segkd.pipeline.teacher.config import CacheConfig
 from segkd.pipeline.teacher.loop import Prepared, Stage1
 from segkd.pipeline.teacher.opened import Opened, target_specs
-from segkd.pipeline.teacher.targets import Coded
 from segkd.storage.generation import SAMPLES, target_arrays
 from segkd.storage.geometry import Mapping as GridMapping
 from segkd.storage.layout import PlannedSample, Unit, plan_units
