@@ -28,6 +28,7 @@ PAIRS: tuple[tuple[str, str, str], ...] = (
     ("alone-augmented", "alone", "the auxiliary arms' photometric strength"),
     ("alone-longer", "alone", "the time of distillation, spent on training"),
     ("label-smoothing", "alone", "label smoothing"),
+    ("auxiliary-zero", "alone", "distillation with zero-order knowledge alone"),
     ("auxiliary-zero-first", "alone", "distillation as a whole"),
     ("auxiliary-zero-first", "alone-longer", "distillation as a whole, at its own cost in time"),
 )
