@@ -33,11 +33,14 @@ def apply_weights(values_NChw: Tensor, y: Weights, x: Weights) -> Tensor:
     """
     with torch.autocast(values_NChw.device.type, enabled=False):
         values = values_NChw.float()
-        rows = torch.from_numpy(np.asarray(y, np.float32)).to(values.device, non_blocking=True)
-        columns = torch.from_numpy(np.asarray(x, np.float32)).to(values.device, non_blocking=True)
+        rows, columns = float32_on(values.device, y), float32_on(values.device, x)
         if rows.ndim == 3:
             rows, columns = rows[:, None], columns[:, None]
         return rows @ (values @ columns.transpose(-1, -2))
+
+
+def float32_on(device: torch.device, weights: Weights) -> Tensor:
+    return torch.from_numpy(np.asarray(weights, np.float32)).to(device, non_blocking=True)
 
 
 def to_pixels(values_NChw: Tensor, mapping: Mapping, height: int, width: int) -> Tensor:
@@ -46,8 +49,12 @@ def to_pixels(values_NChw: Tensor, mapping: Mapping, height: int, width: int) ->
     Equal to ``interpolate(mode="bilinear", align_corners=False)`` for a grid that spans the image. Values are logits or
     log-probabilities: probabilities are never upsampled.
     """
-    pixels_y, pixels_x = Axis(1.0, 0.0, height), Axis(1.0, 0.0, width)
-    return apply_weights(values_NChw, resampling(pixels_y, mapping.y), resampling(pixels_x, mapping.x))
+    return apply_weights(values_NChw, pixel_weights(mapping.y, height), pixel_weights(mapping.x, width))
+
+
+def pixel_weights(axis: Axis, pixels: int, first: int = 0) -> Weights:
+    """What each of an axis' cells gives to each of so many pixels from the ``first`` on: (pixels, cells)."""
+    return resampling(Axis(1.0, float(first), pixels), axis)
 
 
 def pixel_tiles(
@@ -60,21 +67,21 @@ def pixel_tiles(
     """
     values = values_NChw.detach().float().clamp(min=_LOWEST)
     side = max(math.isqrt(TILE_BYTES // (4 * values.shape[0] * values.shape[1])), 1)
-    columns = _tiles(mapping.x, width, side)
-    for pixels_y, cells_y, weights_th in _tiles(mapping.y, height, side):
+    columns = tiles(mapping.x, width, side)
+    for pixels_y, cells_y, weights_th in tiles(mapping.y, height, side):
         for pixels_x, cells_x, weights_uw in columns:
             yield pixels_y, pixels_x, apply_weights(values[..., cells_y, cells_x], weights_th, weights_uw)
 
 
-def _tiles(axis: Axis, pixels: int, side: int) -> list[tuple[slice, slice, Weights]]:
+def tiles(axis: Axis, pixels: int, side: int) -> list[tuple[slice, slice, Weights]]:
     """For each run of ``side`` pixels: the run, the cells that it depends on, and their weights."""
-    tiles = []
+    runs = []
     for start in range(0, pixels, side):
         stop = min(start + side, pixels)
-        weights = resampling(Axis(1.0, float(start), stop - start), axis)
+        weights = pixel_weights(axis, stop - start, start)
         # What rounding leaves at a cell's centre of its neighbours is no share of them: theirs may be -1e30.
         weights[weights < _NO_WEIGHT] = 0
         used = np.flatnonzero(weights.any(axis=0))
         cells = slice(int(used[0]), int(used[-1]) + 1)
-        tiles.append((slice(start, stop), cells, weights[:, cells].copy()))
-    return tiles
+        runs.append((slice(start, stop), cells, weights[:, cells].copy()))
+    return runs

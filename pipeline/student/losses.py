@@ -18,14 +18,13 @@ from typing import ClassVar
 import torch
 import torch.distributed
 from torch import Tensor
-from torch.nn import functional as F
 
 from segkd.pipeline.data.batch import Batch
 from segkd.pipeline.data.sample import IGNORE
 from segkd.pipeline.evidence import Evidence
-from segkd.pipeline.resample import to_pixels
 from segkd.pipeline.student.alignment import align
 from segkd.pipeline.student.knowledge.base import Knowledge
+from segkd.pipeline.student.label_loss import summed_cross_entropy
 from segkd.storage import geometry
 from segkd.storage.errors import ConfigError
 
@@ -113,10 +112,11 @@ class Denominators:
 def _counts(batch: Batch, objective: Objective, class_weights: Tensor | None) -> Tensor:
     """This process's pixels, and the crops of each kind of knowledge (float32)."""
     labels = batch.labels_NHW[batch.labelled_N]
-    valid = labels != IGNORE
-    pixels = valid.sum() if class_weights is None else class_weights[labels[valid]].sum()
+    pixels = torch.bincount(labels.flatten(), minlength=IGNORE)[:IGNORE]
+    if class_weights is not None:
+        pixels = pixels[: len(class_weights)] * class_weights
     crops = [kind.cells(batch).any().sum() for kind in objective.knowledge]
-    return torch.stack([count.float() for count in (pixels, *crops)])
+    return torch.stack([count.float() for count in (pixels.sum(), *crops)])
 
 
 def total_loss(
@@ -162,7 +162,11 @@ def loss_terms(
     terms: dict[str, Tensor] = {}
     with torch.autocast(logits_NChw.device.type, enabled=False):
         if objective.loss.cross_entropy:
-            pixel_sum = _cross_entropy(logits_NChw, student_mapping, batch, objective.loss, class_weights)
+            # Crops without labels are not even brought to pixels.
+            labelled, smoothing = batch.labelled_N, objective.loss.label_smoothing
+            pixel_sum = summed_cross_entropy(
+                logits_NChw[labelled], student_mapping, batch.labels_NHW[labelled], class_weights, smoothing
+            )
             terms["cross_entropy"] = pixel_sum / denominators.pixels
         if objective.knowledge:
             assert batch.sources is not None, "knowledge needs a batch with sources"
@@ -171,17 +175,6 @@ def loss_terms(
                 crop_sum = _knowledge(aligned_SChw, batch, decoded, kind, class_weights)
                 terms[kind.name] = crop_sum / denominators.crops[kind.name]
     return terms
-
-
-def _cross_entropy(
-    logits_NChw: Tensor, mapping: geometry.Mapping, batch: Batch, config: LossConfig, class_weights: Tensor | None
-) -> Tensor:
-    """Summed over the valid pixels of the labelled crops; the others are not even brought to pixels."""
-    labels = batch.labels_NHW[batch.labelled_N]
-    pixels = to_pixels(logits_NChw[batch.labelled_N], mapping, *labels.shape[1:])
-    return F.cross_entropy(
-        pixels, labels, class_weights, ignore_index=IGNORE, reduction="sum", label_smoothing=config.label_smoothing
-    )
 
 
 def _knowledge(

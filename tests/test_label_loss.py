@@ -1,0 +1,136 @@
+"""The labels' loss, band by band, against torch's on the logits of all pixels.
+
+Shapes: N crops of H,W pixels in C classes; logits N,C,h,w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from segkd.pipeline.data.sample import IGNORE
+from segkd.pipeline.resample import to_pixels
+from segkd.pipeline.student import label_loss
+from segkd.pipeline.student.label_loss import summed_cross_entropy
+from segkd.storage.geometry import Axis, Mapping
+
+Drawn = tuple[Tensor, Mapping, Tensor, Tensor | None, float]
+
+
+@pytest.fixture(autouse=True)
+def narrow_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(label_loss.BAND_BYTES, "cpu", 4 * 4 * 3 * 10)
+
+
+@st.composite
+def drawn(draw: st.DrawFn) -> Drawn:
+    crops, classes, height, width, h, w = (draw(st.integers(1, most)) for most in (3, 5, 14, 12, 5, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    logits_NChw = torch.randn((crops, classes, h, w), generator=generator) * draw(st.sampled_from([1.0, 30.0]))
+    labels_NHW = torch.randint(0, classes, (crops, height, width), generator=generator)
+    labels_NHW[torch.rand(labels_NHW.shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = IGNORE
+    weights_C = torch.rand(classes, generator=generator) + 0.1 if draw(st.booleans()) else None
+    mapping = Mapping(Axis(height / h, height / h / 2 - 0.5, h), Axis(width / w, 0.25, w))
+    return logits_NChw, mapping, labels_NHW, weights_C, draw(st.sampled_from([0.0, 0.1, 1.0]))
+
+
+def torchs(
+    logits_NChw: Tensor, mapping: Mapping, labels_NHW: Tensor, weights_C: Tensor | None, smoothed: float
+) -> Tensor:
+    pixels_NCHW = to_pixels(logits_NChw, mapping, *labels_NHW.shape[1:])
+    return F.cross_entropy(
+        pixels_NCHW, labels_NHW, weights_C, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothed
+    )
+
+
+@given(drawn())
+def test_loss_and_gradient_equal_torchs(inputs: Drawn) -> None:
+    results = []
+    for function in (summed_cross_entropy, torchs):
+        logits_NChw = inputs[0].clone().requires_grad_()
+        loss = function(logits_NChw, *inputs[1:])
+        (2 * loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        results.append((loss.detach(), logits_NChw.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+
+
+EXAMPLE: Drawn = (
+    torch.randn((2, 3, 4, 5), generator=torch.Generator().manual_seed(0)),
+    Mapping(Axis(4, 1.5, 4), Axis(2, 0.5, 5)),
+    torch.randint(0, 3, (2, 16, 10), generator=torch.Generator().manual_seed(1)),
+    None,
+    0.0,
+)
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """How many numbers the largest tensor has that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if isinstance(result, Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize(("function", "largest"), [(summed_cross_entropy, 2 * 3 * 4 * 10), (torchs, 2 * 3 * 16 * 10)])
+def test_no_tensor_has_the_logits_of_all_pixels(function: Callable[..., Tensor], largest: int) -> None:
+    """Forward and backward; with torch's own there is one, so that the largest is looked for where it is."""
+    logits_NChw = EXAMPLE[0].clone().requires_grad_()
+    with Largest() as made:  # type: ignore[no-untyped-call]
+        function(logits_NChw, *EXAMPLE[1:]).backward()  # type: ignore[no-untyped-call]
+    assert made.numel == largest
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    logits_NChw = EXAMPLE[0].to(dtype).requires_grad_()
+    exact_NChw = logits_NChw.detach().float().requires_grad_()
+    losses = [summed_cross_entropy(given, *EXAMPLE[1:]) for given in (logits_NChw, exact_NChw)]
+    (gradient,), (exact,) = (
+        torch.autograd.grad(loss, given) for loss, given in zip(losses, (logits_NChw, exact_NChw), strict=True)
+    )
+    assert torch.equal(*losses)
+    assert gradient.dtype == dtype
+    assert torch.equal(gradient, exact.to(dtype))
+
+
+def test_without_gradient() -> None:
+    assert not summed_cross_entropy(*EXAMPLE).requires_grad
+    with torch.no_grad():
+        assert torch.equal(
+            summed_cross_entropy(EXAMPLE[0].requires_grad_(), *EXAMPLE[1:]), summed_cross_entropy(*EXAMPLE)
+        )
+
+
+def test_no_crops_are_exactly_zero() -> None:
+    logits_NChw = EXAMPLE[0][:0].clone().requires_grad_()
+    loss = summed_cross_entropy(logits_NChw, EXAMPLE[1], EXAMPLE[2][:0], *EXAMPLE[3:])
+    (gradient,) = torch.autograd.grad(loss, logits_NChw)
+    assert (loss.item(), gradient.shape) == (0, logits_NChw.shape)
+
+
+def test_a_class_that_is_impossible() -> None:
+    """Its logit is -inf: nothing where another class is right or nothing counts, infinite where it is right."""
+    logits_NChw = torch.zeros(1, 3, 1, 1)
+    logits_NChw[:, 0] = -math.inf
+    mapping = Mapping(Axis(1, 0, 1), Axis(1, 0, 1))
+    for label, expected in ((1, math.log(2)), (IGNORE, 0.0), (0, math.inf)):
+        loss = summed_cross_entropy(logits_NChw, mapping, torch.full((1, 1, 1), label))
+        assert loss.item() == pytest.approx(expected)
+
+
+def test_labels_of_classes_that_are_not_there_are_refused() -> None:
+    with pytest.raises(IndexError, match="index 3 is out of bounds for dimension 0 with size 3"):
+        summed_cross_entropy(EXAMPLE[0], EXAMPLE[1], EXAMPLE[2] + 1)
