@@ -27,7 +27,8 @@ Drawn = tuple[Tensor, Mapping, Tensor, Tensor | None, float]
 
 
 @pytest.fixture(autouse=True)
-def narrow_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows of the example below."""
     monkeypatch.setitem(label_loss.BAND_BYTES, "cpu", 4 * 4 * 3 * 10)
 
 
@@ -52,8 +53,10 @@ def torchs(
     )
 
 
-@given(drawn())
-def test_loss_and_gradient_equal_torchs(inputs: Drawn) -> None:
+@given(drawn(), st.sampled_from([0, 200, 2000, 20000]))
+def test_loss_and_gradient_equal_torchs(inputs: Drawn, band_bytes: int) -> None:
+    """In bands of single rows of a crop to bands of all crops."""
+    label_loss.BAND_BYTES["cpu"] = band_bytes
     results = []
     for function in (summed_cross_entropy, torchs):
         logits_NChw = inputs[0].clone().requires_grad_()
@@ -73,18 +76,20 @@ EXAMPLE: Drawn = (
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """How many numbers the largest tensor has that is made."""
+    """How many floating-point numbers the largest tensor has that is made."""
 
     numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
-        if isinstance(result, Tensor):
-            self.numel = max(self.numel, result.numel())
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.numel = max(self.numel, result.untyped_storage().nbytes() // result.itemsize)
         return result
 
 
-@pytest.mark.parametrize(("function", "largest"), [(summed_cross_entropy, 2 * 3 * 4 * 10), (torchs, 2 * 3 * 16 * 10)])
+@pytest.mark.parametrize(
+    ("function", "largest"), [(summed_cross_entropy, EXAMPLE[0].numel()), (torchs, 3 * EXAMPLE[2].numel())]
+)
 def test_no_tensor_has_the_logits_of_all_pixels(function: Callable[..., Tensor], largest: int) -> None:
     """Forward and backward; with torch's own there is one, so that the largest is looked for where it is."""
     logits_NChw = EXAMPLE[0].clone().requires_grad_()
@@ -94,24 +99,41 @@ def test_no_tensor_has_the_logits_of_all_pixels(function: Callable[..., Tensor],
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype, autocast: bool) -> None:
+    """Also the gradient, until it has the factor of a loss that is scaled so that gradients do not underflow."""
     logits_NChw = EXAMPLE[0].to(dtype).requires_grad_()
+    logits_NChw.data[:, 0] += 30  # nearly certain: gradients down to 1e-13
     exact_NChw = logits_NChw.detach().float().requires_grad_()
-    losses = [summed_cross_entropy(given, *EXAMPLE[1:]) for given in (logits_NChw, exact_NChw)]
+    labels_NHW = torch.zeros_like(EXAMPLE[2])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        losses = [summed_cross_entropy(given, EXAMPLE[1], labels_NHW) for given in (logits_NChw, exact_NChw)]
     (gradient,), (exact,) = (
-        torch.autograd.grad(loss, given) for loss, given in zip(losses, (logits_NChw, exact_NChw), strict=True)
+        torch.autograd.grad(2.0**24 * loss, given)
+        for loss, given in zip(losses, (logits_NChw, exact_NChw), strict=True)
     )
+    assert losses[0].dtype == torch.float32
     assert torch.equal(*losses)
     assert gradient.dtype == dtype
+    assert gradient[:, 1:].count_nonzero() == gradient[:, 1:].numel()
     assert torch.equal(gradient, exact.to(dtype))
 
 
-def test_without_gradient() -> None:
-    assert not summed_cross_entropy(*EXAMPLE).requires_grad
+def test_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is computed where none is asked for."""
+    expected = summed_cross_entropy(EXAMPLE[0].clone().requires_grad_(), *EXAMPLE[1:])
+    monkeypatch.setattr(Tensor, "scatter_", None)
+    loss = summed_cross_entropy(*EXAMPLE)
+    assert not loss.requires_grad
     with torch.no_grad():
-        assert torch.equal(
-            summed_cross_entropy(EXAMPLE[0].requires_grad_(), *EXAMPLE[1:]), summed_cross_entropy(*EXAMPLE)
-        )
+        again = summed_cross_entropy(EXAMPLE[0].clone().requires_grad_(), *EXAMPLE[1:])
+    assert loss == again == expected
+
+
+def test_it_is_differentiable_once() -> None:
+    logits_NChw = EXAMPLE[0].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="is differentiable once: leave out create_graph=True"):
+        torch.autograd.grad(summed_cross_entropy(logits_NChw, *EXAMPLE[1:]), logits_NChw, create_graph=True)
 
 
 def test_no_crops_are_exactly_zero() -> None:

@@ -1,6 +1,6 @@
 """Cross-entropy with the labels of pixels, of logits on a coarser grid, without the logits of all pixels at once.
 
-Shapes: N crops of H,W pixels in C classes; logits N,C,h,w on the student's grid; a band of t,W pixels of one crop.
+Shapes: N crops of H,W pixels in C classes; logits N,C,h,w on the student's grid; a band of t rows of pixels of k crops.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from segkd.pipeline.data.sample import IGNORE
 from segkd.pipeline.resample import float32_on, pixel_weights, tiles
 from segkd.storage.geometry import Mapping
 
-BAND_BYTES = {"cpu": 2 * 2**20, "cuda": 64 * 2**20}
+BAND_BYTES = {"cpu": 2**20, "cuda": 64 * 2**20}
 """Most that the float32 logits of a band take, unless a single row of pixels takes more: a CPU's cache should hold
 them, and a GPU should have enough to do with them."""
 
@@ -32,13 +31,17 @@ def summed_cross_entropy(
     ``mapping`` places the logits' grid in the H,W pixels; pixels labelled :data:`IGNORE` count for nothing, and any
     other label must be less than C. Pixels are gone through band by band, and what a band's loss does to the logits is
     found along with it: of the softmax that is the gradient with respect to a band's logits (softmax minus labels,
-    each pixel weighted), and bringing logits to pixels is linear. So no tensor of N,C,H,W is ever made, where autograd
-    keeps several. Not differentiable twice.
+    each pixel weighted), and bringing logits to pixels is linear. So besides the logits' own gradient only a band is
+    in memory, and the columns of its crops, where autograd keeps several tensors of N,C,H,W.
+
+    Not differentiable twice, nor with respect to the weights: RuntimeError in backward with ``create_graph``.
     """
     classes = logits_NChw.shape[1]
     weights_C = logits_NChw.new_ones(classes, dtype=torch.float32) if class_weights_C is None else class_weights_C
-    given = logits_NChw, mapping, labels_NHW, weights_C, label_smoothing
-    loss: Tensor = _SummedCrossEntropy.apply(*given)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    learned = torch.is_grad_enabled() and logits_NChw.requires_grad
+    given = logits_NChw, mapping, labels_NHW, weights_C.detach(), label_smoothing, learned
+    with torch.autocast(logits_NChw.device.type, enabled=False):
+        loss: Tensor = _SummedCrossEntropy.apply(*given)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return loss
 
 
@@ -50,56 +53,66 @@ class _SummedCrossEntropy(torch.autograd.Function):
         mapping: Mapping,
         labels_NHW: Tensor,
         weights_C: Tensor,
-        label_smoothing: float,
+        smoothing: float,
+        learned: bool,
     ) -> Tensor:
-        crops, classes = logits_NChw.shape[:2]
-        height, width = labels_NHW.shape[1:]
-        place, learned = logits_NChw.device, ctx.needs_input_grad[0]
+        (height, width), place = labels_NHW.shape[1:], logits_NChw.device
+        rows = BAND_BYTES.get(place.type, BAND_BYTES["cuda"]) // (4 * len(weights_C) * width)
+        crops = max(rows // height, 1)
         columns_Ww = float32_on(place, pixel_weights(mapping.x, width))
-        # Columns at once, rows by bands: few cells lie between the rows of one.
-        values_NChW = logits_NChw.float() @ columns_Ww.T
-        gradient_NChW = torch.zeros_like(values_NChW) if learned else None
-        rows = max(BAND_BYTES.get(place.type, BAND_BYTES["cuda"]) // (4 * classes * width), 1)
-        losses = [values_NChW.new_zeros(())]
-        for pixels, cells, weights in tiles(mapping.y, height, rows):
-            weights_th = float32_on(place, weights)
-            for n in range(crops):
-                band_CtW = weights_th @ values_NChW[n, :, cells]
-                losses.append(_of_band(band_CtW, labels_NHW[n, pixels], weights_C, label_smoothing, learned))
-                if gradient_NChW is not None:
-                    gradient_NChW[n, :, cells] += weights_th.T @ band_CtW
-        if gradient_NChW is not None:
-            ctx.save_for_backward(gradient_NChW @ columns_Ww)
+        runs = tiles(mapping.y, height, max(rows // crops, 1))
+        bands = [(pixels, cells, float32_on(place, weights)) for pixels, cells, weights in runs]
+        losses, gradients = [], []
+        for first in range(0, max(len(logits_NChw), 1), crops):
+            labels_tkW = labels_NHW[first : first + crops].transpose(0, 1).contiguous()
+            # Columns first and rows by bands, since few cells lie between the rows of one. Rows come first in memory,
+            # so that one matrix product makes a band.
+            values_hkCW = logits_NChw[first : first + crops].float().permute(2, 0, 1, 3) @ columns_Ww.T
+            values_hm = values_hkCW.flatten(1)
+            gradient_hm = torch.zeros_like(values_hm)
+            for pixels, cells, rows_th in bands:
+                band_tm = rows_th @ values_hm[cells]
+                band_tkCW = band_tm.view(len(rows_th), *values_hkCW.shape[1:])
+                losses.append(_of_band(band_tkCW, labels_tkW[pixels], weights_C, smoothing, learned))
+                if learned:
+                    gradient_hm[cells].addmm_(rows_th.T, band_tm)
+            if learned:
+                gradients.append((gradient_hm.view_as(values_hkCW) @ columns_Ww).permute(1, 2, 0, 3))
+        if learned:
+            ctx.save_for_backward(torch.cat(gradients))
             ctx.dtype = logits_NChw.dtype
         return torch.stack(losses).sum()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the cross-entropy with labels is differentiable once: leave out create_graph=True")
         (gradient_NChw,) = ctx.saved_tensors
-        return (given * gradient_NChw).to(ctx.dtype), None, None, None, None
+        # In float32, because of half precision ``given`` may be the factor that keeps gradients from underflow.
+        return (given * gradient_NChw).to(ctx.dtype), None, None, None, None, None
 
 
-def _of_band(logits_CtW: Tensor, labels_tW: Tensor, weights_C: Tensor, smoothing: float, learned: bool) -> Tensor:
+def _of_band(logits_tkCW: Tensor, labels_tkW: Tensor, weights_C: Tensor, smoothing: float, learned: bool) -> Tensor:
     """The loss summed over a band; if ``learned``, leaves its gradient where the logits were.
 
     With q the weights of what the label and smoothing give to the classes, ``sum(q) * log(sum(exp(x))) - sum(q * x)``,
     of which the gradient is ``sum(q) * softmax(x) - q``.
     """
-    valid_tW = labels_tW != IGNORE
-    labels_1tW = labels_tW.masked_fill(~valid_tW, 0)[None]
-    shared_C = smoothing / len(weights_C) * weights_C
-    label_1tW = torch.where(valid_tW, (1 - smoothing) * weights_C[labels_1tW], 0)
-    mass_1tW = label_1tW + shared_C.sum() * valid_tW
-    logits_CtW -= logits_CtW.amax(0, keepdim=True)  # so that no exponential overflows
-    met_1tW = label_1tW * logits_CtW.gather(0, labels_1tW)
+    valid_tkW = labels_tkW != IGNORE
+    labels_tkW = labels_tkW.masked_fill(~valid_tkW, 0)
+    shared_C1 = (smoothing / len(weights_C) * weights_C)[:, None]
+    label_tkW = torch.where(valid_tkW, (1 - smoothing) * weights_C[labels_tkW], 0)
+    mass_tkW = label_tkW + shared_C1.sum() * valid_tkW
+    logits_tkCW -= logits_tkCW.amax(2, keepdim=True)  # so that no exponential overflows
+    labels_tk1W = labels_tkW[:, :, None]
+    met_tkW = label_tkW * logits_tkCW.gather(2, labels_tk1W)[:, :, 0]
     if smoothing:
-        met_1tW = met_1tW + torch.tensordot(shared_C, logits_CtW, 1)
-    sums_1tW = logits_CtW.exp_().sum(0, keepdim=True)
-    loss = torch.where(valid_tW, mass_1tW * sums_1tW.log() - met_1tW, 0).sum()
+        met_tkW = met_tkW + (shared_C1 * logits_tkCW).sum(2)
+    sums_tkW = logits_tkCW.exp_().sum(2)
+    loss = torch.where(valid_tkW, mass_tkW * sums_tkW.log() - met_tkW, 0).sum()
     if learned:
-        logits_CtW *= mass_1tW / sums_1tW
-        logits_CtW.scatter_(0, labels_1tW, logits_CtW.gather(0, labels_1tW) - label_1tW)
+        logits_tkCW *= (mass_tkW / sums_tkW)[:, :, None]
+        logits_tkCW.scatter_(2, labels_tk1W, logits_tkCW.gather(2, labels_tk1W) - label_tkW[:, :, None])
         if smoothing:
-            logits_CtW -= shared_C[:, None, None] * valid_tW
+            logits_tkCW -= shared_C1 * valid_tkW[:, :, None]
     return loss
