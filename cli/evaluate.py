@@ -62,11 +62,14 @@ def evaluate(
     from segkd.pipeline.device import find_device
     from segkd.pipeline.evaluation import evaluate as evaluation
     from segkd.pipeline.models.references import described_predictor
+    from segkd.pipeline.teacher.named import require_named_teacher
     from segkd.storage.reader import CacheReader
 
     source = open_data(run.data if run is not None else evaluation.data_of_checkpoint(str(checkpoint)))
     if run is not None and subject == "cache":
-        result = evaluation.evaluate_cache(CacheReader(run.cache.path), source, Role(role), progress=progress())
+        cache = CacheReader(run.cache.path)
+        require_named_teacher(cache.spec, run.teacher, cache.path)
+        result = evaluation.evaluate_cache(cache, source, Role(role), progress=progress())
     else:
         where = find_device(device)
         if run is None or checkpoint is not None:

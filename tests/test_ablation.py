@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -27,7 +28,7 @@ from segkd.pipeline.models.references import described
 from segkd.pipeline.settings import parse
 from segkd.pipeline.student.inputs import open_inputs
 from segkd.pipeline.teacher.cache import teacher_cache
-from segkd.storage.errors import ConfigError, ContaminationError, DataError, RecordError, SegkdError
+from segkd.storage.errors import CacheMismatchError, ConfigError, ContaminationError, DataError, RecordError, SegkdError
 
 SETTINGS = ["train.labelled=3", "train.auxiliary=5", "augment.photometric=0.2", "ablate.seeds=[0, 7]"]
 
@@ -337,6 +338,14 @@ def test_a_record_comes_back_as_it_was_saved(cached: Path, tmp_path: Path) -> No
     np.testing.assert_array_equal(record.images.counts()[1], np.diag([90, 100, 110]) + 1)
 
 
+def test_images_are_grouped_as_the_data_group_them_now(cached: Path, tmp_path: Path) -> None:
+    """How decides no result, so a record stays, but it decides the intervals over images."""
+    Ledger(tmp_path / "ledger").save(record_of(read(cached), tmp_path, "zero", 7))
+    for setting, groups in (("data.group='.*'", ("d/0", "d/1")), ("data.group='^[a-z]'", ("d", "d"))):
+        record = plan_sweep(read(cached, setting), tmp_path, measure=False).records["zero"][7]
+        assert record.images.groups == groups
+
+
 def test_a_run_is_done_where_its_record_is(cached: Path, tmp_path: Path) -> None:
     Ledger(tmp_path / "ledger").save(record_of(read(cached), tmp_path, "zero", 7))
     listing = CliRunner().invoke(
@@ -424,7 +433,7 @@ def test_a_settled_length_is_kept_and_a_set_one_needs_no_measuring(cached: Path,
 def test_the_length_follows_from_stage_1_and_both_step_times(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"auxiliary-zero-first": 0.3, "alone": 0.2}
     monkeypatch.setattr("segkd.pipeline.ablation.longer.step_seconds", lambda arm: seconds[arm.name])
-    monkeypatch.setattr("segkd.pipeline.ablation.longer.stage_1_seconds", lambda _: 85.0)
+    monkeypatch.setattr("segkd.pipeline.ablation.longer.stage_1_seconds", lambda *_: 85.0)
     measured = measure_longer(read(cached, "train.steps=1000", "ablate.ladder=['zero']"))
     assert measured["longer"] == 1.9  # (85 + 1000 * 0.3) / 0.2 = 1925 steps, to one decimal
     assert measured["measured"]["stage_1_seconds"] == 85.0
@@ -437,30 +446,56 @@ def test_step_times_are_measured_on_both_arms(cached: Path, monkeypatch: pytest.
     assert all(value > 0 for key, value in measured["measured"].items() if key.endswith("seconds"))
 
 
-def log_lines(path: Path, *lines: tuple[str, int, float]) -> Path:
-    entries = [{"host": host, "process": process, "seconds_since_start": at} for host, process, at in lines]
+Line = tuple[int, float, float, int]
+
+
+def log_lines(path: Path, *lines: Line, host: str = "", device: str = "cpu") -> Path:
+    """Process, when it began, seconds since, threads."""
+    names = ("process", "began", "seconds_since_start", "threads")
+    entries = [
+        {"host": host or socket.gethostname(), "device": device, **dict(zip(names, line, strict=True))}
+        for line in lines
+    ]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return path
 
 
-def test_the_time_of_stage_1_is_that_of_all_processes_and_of_those_that_went_on(tmp_path: Path) -> None:
-    here = socket.gethostname()
-    log = log_lines(tmp_path / "log", (here, 1, 2.0), (here, 2, 5.0), (here, 1, 3.0), (here, 1, 0.5), (here, 1, 1.5))
-    assert stage_1_seconds(log) == 3.0 + 5.0 + 1.5
-
-
-def test_times_of_another_machine_are_refused(tmp_path: Path) -> None:
-    remedy = "set ablate.longer to the factor yourself, or leave alone-longer out of ablate.ladder"
-    log = log_lines(tmp_path / "log", ("elsewhere", 1, 2.0))
-    with pytest.raises(ConfigError) as caught:
-        stage_1_seconds(log)
-    assert str(caught.value) == (
-        f"{log}: stage 1 ran on elsewhere, and this is {socket.gethostname()}, so the times of the two do not "
-        f"compare; {remedy}"
+def test_the_time_of_stage_1_is_that_of_all_processes(tmp_path: Path) -> None:
+    """Also of one that has the number of another before it, and was heard of later after its start."""
+    log = log_lines(
+        tmp_path / "log", (1, 0.0, 2.0, 1), (2, 0.0, 5.0, 1), (1, 0.0, 3.0, 1), (1, 9.0, 4.0, 1), (1, 9.0, 4.5, 1)
     )
-    with pytest.raises(ConfigError) as caught:
-        stage_1_seconds(tmp_path / "none")
-    assert str(caught.value) == f"{tmp_path / 'none'}: there is no log of stage 1, so its time is not known; {remedy}"
+    assert stage_1_seconds(log, torch.device("cpu"), 1) == 3.0 + 5.0 + 4.5
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(1, 4 * 5.0 + 2.0), (2, 11.0), (0, 22.0 / torch.get_num_threads())])
+def test_threads_of_stage_1_are_counted(tmp_path: Path, threads: int, expected: float) -> None:
+    log = log_lines(tmp_path / "log", (1, 0.0, 5.0, 4), (2, 0.0, 2.0, 1))
+    assert stage_1_seconds(log, torch.device("cpu"), threads) == pytest.approx(expected)
+    on_gpu = log_lines(tmp_path / "log", (1, 0.0, 5.0, 4), (2, 0.0, 2.0, 1), device="cuda")
+    assert stage_1_seconds(on_gpu, torch.device("cuda"), threads) == 7.0
+
+
+def test_times_that_do_not_compare_are_refused(tmp_path: Path) -> None:
+    remedy = "set ablate.longer to the factor yourself, or leave alone-longer out of ablate.ladder"
+    here = socket.gethostname()
+    log, line = tmp_path / "log", (1, 0.0, 2.0, 1)
+
+    def refusal() -> str:
+        with pytest.raises(ConfigError) as caught:
+            stage_1_seconds(log, torch.device("cpu"), 1)
+        return str(caught.value)
+
+    assert refusal() == f"{log}: there is no log of stage 1, so its time is not known; {remedy}"
+    log_lines(log, line, host="elsewhere")
+    compare = "so the times of the two do not compare"
+    assert refusal() == f"{log}: stage 1 ran on elsewhere, and this is {here}, {compare}; {remedy}"
+    log_lines(log, line, device="cuda")
+    assert refusal() == f"{log}: stage 1 computed on cuda, and this is cpu, {compare}; {remedy}"
+    log.write_text("")
+    assert refusal() == f"{log}: stage 1 ran on no machine, and this is {here}, {compare}; {remedy}"
+    log.write_text(json.dumps({"host": here, "process": 1, "seconds_since_start": 2.0, "device": "cpu"}))
+    assert refusal() == f"{log}: an earlier segkd wrote it, which did not count threads; {remedy}"
 
 
 # Data
@@ -480,7 +515,8 @@ def test_select_and_report_that_share_images_are_refused_or_stamped(cached: Path
     sweep = plan_sweep(read(run, allowed, "ablate.longer=2"), tmp_path / "out")
     assert sweep.stamps == (
         "Role select and role report share 1 of 2 images: what was chosen was chosen on what is reported.",
-        "Which labels were learned before is not known: the teacher is no checkpoint that is here.",
+        f"Which labels were learned before is not known: the teacher {read(run).the_teacher().reference} is no "
+        "checkpoint that is here.",
     )
 
 
@@ -498,7 +534,32 @@ def test_a_teacher_that_has_learned_labels_of_auxiliary_images_is_refused(done: 
     assert plan_sweep(read(done, teacher, *labels_alone), done.parent / "out").stamps == ()
     begun = message(ContaminationError, done, f"student.init='{checkpoint}'", *labels_alone)
     assert begun.startswith(f"{checkpoint} was trained on the labels of 2 auxiliary samples of these data")
-    assert plan_sweep(read(done, teacher, "ablate.longer=2"), done.parent / "out").stamps == ()
+
+
+def test_the_teacher_that_is_named_must_be_the_caches(done: Path, tmp_path: Path) -> None:
+    """Else its labels would be checked, and another's knowledge learned."""
+    checkpoint, other = done.parent / "student" / "last.safetensors", tmp_path / "last.safetensors"
+    shutil.copy(checkpoint.with_name("best.safetensors"), other)
+    run, cache = tmp_path / "run.toml", tmp_path / "cache.zarr"
+    run.write_text(done.read_text().replace("stride = 4", "").replace(f"{done.parent}/cache.zarr", str(cache)))
+    longer, honest, another = "ablate.longer=2", f"teacher.reference='{checkpoint}'", f"teacher.reference='{other}'"
+    teacher_cache(read(run, honest))
+    assert plan_sweep(read(run, honest, longer), tmp_path / "out").stamps == ()
+    name_it = "name this teacher's cache in cache.path, or write it with segkd teacher-cache"
+    assert message(CacheMismatchError, run, another, longer) == (
+        f"{cache} is of a teacher that differs in the content of {other}; {name_it}"
+    )
+    assert message(CacheMismatchError, done, another, longer) == (
+        f"{done.parent}/cache.zarr is of a teacher that differs in reference ('teacher.py:build', now "
+        f"'last.safetensors'); {name_it}"
+    )
+
+
+def test_an_arm_that_would_learn_nothing_of_the_teacher_is_refused_when_planned(cached: Path) -> None:
+    assert message(ConfigError, cached, "knowledge.zero_order.on='auxiliary'", "ablate.ladder=['zero']") == (
+        'arm zero: knowledge.zero_order.on is "auxiliary", but train.auxiliary is 0, so it would never act; raise '
+        'train.auxiliary, set on = "all", or knowledge.zero_order.weight = 0'
+    )
 
 
 def test_a_sweep_needs_samples_to_report_on(cached: Path) -> None:

@@ -311,6 +311,15 @@ def test_only_common_seeds_are_paired_and_one_seed_decides_nothing(undisturbed: 
     assert "| 1 | +3.00 | n/a | undecided |" in results.markdown()
 
 
+def test_where_records_were_made_is_told(undisturbed: Path) -> None:
+    """Also of those that an earlier segkd has left, which did not say by what code."""
+    results = made_up(undisturbed, {"alone": [40.0, 41.0]})
+    before, after = results.records
+    left_out = {name: version for name, version in before.versions.items() if name != "code"}
+    results = replace(results, records=(replace(before, versions=left_out), after))
+    assert f"; code {after.versions['code']}, unknown." in results.markdown()
+
+
 def test_results_are_json(undisturbed: Path) -> None:
     results = made_up(undisturbed, {"alone": [40.0, 41.0], "auxiliary-zero-first": [40.0, 41.0]})
     document = json.loads(json.dumps(results.to_dict(), allow_nan=False))

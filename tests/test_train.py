@@ -7,6 +7,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -339,6 +340,34 @@ def test_a_stopped_run_goes_on(
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "stopped")
 
 
+def test_what_a_run_was_made_with(
+    labels_only: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All of it, where it changed on the way."""
+
+    def made_with() -> dict[str, str]:
+        held: dict[str, str] = json.loads((tmp_path / "run.json").read_text())["versions"]
+        return held
+
+    def go_on(steps: int) -> None:
+        stop = SignalAt("train", steps, signal.SIGTERM)
+        with pytest.raises(TrainingStopped):
+            train(labels_only, tmp_path, distill=False, resume=True, progress=stop)  # type: ignore[arg-type]
+
+    go_on(2)
+    first = made_with()
+    assert list(first) == ["segkd", "code", "python", "torch", "numpy"]
+    assert re.fullmatch(r"[0-9a-f]{12}", first["code"])
+    go_on(1)
+    assert made_with() == first
+    assert not caplog.records
+    monkeypatch.setattr("segkd.pipeline.versions.CODE", "000000000000")
+    go_on(1)
+    go_on(1)
+    assert made_with() == {**first, "code": f"{first['code']} then 000000000000"}
+    assert caplog.messages == [f"{tmp_path}: begun with code {first['code']}, goes on with 000000000000"]
+
+
 def test_what_stands_is_not_replaced_unasked(labels_only: RunConfig, tmp_path: Path) -> None:
     train(labels_only, tmp_path, distill=False)
     (tmp_path / "notes.txt").write_text("mine")
@@ -546,6 +575,9 @@ def test_a_teacher_whose_weights_are_gone(run: RunConfig, tmp_path: Path) -> Non
     cache = replace(run.cache, path=str(tmp_path / "cache.zarr"))
     run = replace(change(run, steps=1, warmup=0), teacher=teacher, cache=cache)
     teacher_cache(run)
+    (tmp_path / "teacher.py").write_text("def build(weights): ...\n")
+    with pytest.raises(CacheMismatchError, match=r"differs in the content of \S+/teacher\.py:build; name"):
+        train(run, tmp_path / "out")
     (tmp_path / "teacher.py").unlink()
     weights.write_bytes(b"others")
     with pytest.raises(CacheMismatchError, match=r"differs in arguments\.weights \(the content of weights\.pth\)"):

@@ -16,6 +16,7 @@ from typing import Any
 from segkd.pipeline.ablation.config import AblateConfig, BuiltIn
 from segkd.pipeline.config import RunConfig
 from segkd.pipeline.settings import parse, to_dict
+from segkd.pipeline.student.inputs import check_knowledge
 from segkd.pipeline.student.resuming import is_harmless
 from segkd.storage.differences import difference, leaves
 from segkd.storage.errors import ConfigError
@@ -104,6 +105,9 @@ def resolve_arms(run: RunConfig, longer: float | None) -> dict[str, Arm]:
 def _arm(name: str, like: str | None, changed: tuple[str, ...], tables: Mapping[str, Any], base: RunConfig) -> Arm:
     try:
         resolved = parse(RunConfig, tables, overrides=changed)
+        knowledge = [kind for kind in resolved.knowledge.kinds() if kind.weight]
+        if knowledge:
+            check_knowledge(knowledge, resolved.train)
     except ConfigError as error:
         raise ConfigError(f"arm {name}: {error}") from None
     return Arm(name=name, like=like, settings=changed, run=resolved, unmatched=tuple(_unmatched(base, resolved)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
 import statistics
 import time
@@ -39,7 +40,8 @@ REMEDY = "set ablate.longer to the factor yourself, or leave alone-longer out of
 def measure_longer(run: RunConfig) -> dict[str, Any]:
     """The factor and what it follows from, JSON-ready. Raises ConfigError where stage 1's time is not known here."""
     arms = resolve_arms(replace(run, ablate=AblateConfig(ladder=(FULL, "alone"))), None)
-    stage_1 = stage_1_seconds(Path(f"{Path(run.cache.path).resolve()}.log"))
+    device = find_device(run.train.device)
+    stage_1 = stage_1_seconds(Path(f"{Path(run.cache.path).resolve()}.log"), device, run.train.threads)
     full, alone = (step_seconds(arms[name]) for name in (FULL, "alone"))
     factor = round(max(1.0, (stage_1 / run.train.steps + full) / alone), 1)
     logger.info(
@@ -54,29 +56,34 @@ def measure_longer(run: RunConfig) -> dict[str, Any]:
     return {"longer": factor, "measured": {**measured, "steps": run.train.steps, "host": socket.gethostname()}}
 
 
-def stage_1_seconds(log: Path) -> float:
-    """The time that processes have spent writing a cache, by the log beside it.
+def stage_1_seconds(log: Path, device: torch.device, threads: int = 0) -> float:
+    """The time that processes have spent writing a cache, by the log beside it, as a student's ``device`` would.
 
-    Raises ConfigError where there is none, or where it tells of another machine.
+    On a CPU, seconds of a thread over ``threads`` (0: as many as torch takes): as if more threads had made stage 1
+    faster by as much, so that its time is never taken for less than it is. Raises ConfigError where there is no log, or
+    where it tells of another machine or device, or not of its threads.
     """
     if not log.exists():
         raise ConfigError(f"{log}: there is no log of stage 1, so its time is not known; {REMEDY}")
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.strip()]
-    others = {line["host"] for line in lines} - {socket.gethostname()}
-    if others or not lines:
-        machines = ", ".join(sorted(others)) or "no machine"
+    if any("began" not in line or "threads" not in line for line in lines):
+        raise ConfigError(f"{log}: an earlier segkd wrote it, which did not count threads; {REMEDY}")
+    _require_one(log, "ran on", {line["host"] for line in lines}, "no machine", socket.gethostname())
+    _require_one(log, "computed on", {line["device"] for line in lines}, "nothing", str(device))
+    # A process is told from another one of its number by when it began.
+    last = {(line["process"], line["began"], line["threads"]): line["seconds_since_start"] for line in lines}
+    if device.type != "cpu":
+        return math.fsum(last.values())
+    return math.fsum(seconds * used for (_, _, used), seconds in last.items()) / (threads or torch.get_num_threads())
+
+
+def _require_one(log: Path, what: str, found: set[str], nothing: str, here: str) -> None:
+    others = ", ".join(sorted(found - {here}))
+    if others or not found:
         raise ConfigError(
-            f"{log}: stage 1 ran on {machines}, and this is {socket.gethostname()}, so the times of the two do not "
-            f"compare; {REMEDY}"
+            f"{log}: stage 1 {what} {others or nothing}, and this is {here}, so the times of the two do not compare; "
+            f"{REMEDY}"
         )
-    total, last = 0.0, dict[int, float]()
-    for line in lines:
-        process, seconds = line["process"], line["seconds_since_start"]
-        before = last.get(process, 0.0)
-        # The clock of a process starts anew where its number is used again.
-        total += seconds - before if seconds >= before else seconds
-        last[process] = seconds
-    return total
 
 
 def step_seconds(arm: Arm) -> float:

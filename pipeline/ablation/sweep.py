@@ -29,9 +29,11 @@ from segkd.pipeline.student.checkpoint import write_atomically
 from segkd.pipeline.student.leaks import find_label_leaks, teacher_checkpoint
 from segkd.pipeline.student.live import open_live_teacher
 from segkd.pipeline.teacher.division import Share
+from segkd.pipeline.teacher.named import require_named_teacher
 from segkd.storage.differences import difference
 from segkd.storage.errors import CheckpointError, ConfigError, ContaminationError, DataError
 from segkd.storage.reader import CacheReader
+from segkd.storage.spec import CacheSpec
 
 logger = logging.getLogger("segkd")
 
@@ -45,6 +47,8 @@ class Sweep:
     arms: Mapping[str, Arm]
     jobs: tuple[Job, ...]
     """All runs: every arm with the first seed, then with the second."""
+    groups: tuple[str, ...]
+    """The sequence or scene of each image of role report, as the run file groups them now."""
     records: Records
     """Of those that are done."""
     stamps: tuple[str, ...]
@@ -94,10 +98,12 @@ def plan_sweep(run: RunConfig, output: str | Path, *, measure: bool = True, prog
     output = Path(output)
     ledger = Ledger(run.ablate.ledger or output / "ledger")
     opened = _Opened(progress)
-    stamps = _check_roles(run, *opened.data(run))
+    source, held = opened.data(run)
+    stamps = _check_roles(run, source, held)
     stamps += _check_labels(resolve_arms(run, run.ablate.longer or None).values(), opened)
     longer = _longer(run, ledger, measure)
     arms = {name: opened.marked(arm, run) for name, arm in resolve_arms(run, longer).items()}
+    groups = tuple(sample.group for sample in with_role(source, Role.REPORT))
     jobs = []
     for seed in run.ablate.seeds:
         for arm in arms.values():
@@ -118,7 +124,8 @@ def plan_sweep(run: RunConfig, output: str | Path, *, measure: bool = True, prog
         output=output,
         arms=arms,
         jobs=tuple(jobs),
-        records=_records(jobs),
+        groups=groups,
+        records=_records(jobs, groups),
         stamps=stamps,
         unmeasured=longer is None and _has_longer(run),
     )
@@ -135,7 +142,7 @@ def ablate(sweep: Sweep, *, processes: int = 1, share: Share | None = None, prog
         logger.info("%s (%s): %d of %d runs, %d to do", share, share.origin, len(mine), len(sweep.jobs), len(left))
     failures = run_jobs(left, processes=processes, progress=progress, done=len(mine) - len(left))
     # Whatever other tasks have done meanwhile counts too.
-    now = replace(sweep, records=_records(sweep.jobs))
+    now = replace(sweep, records=_records(sweep.jobs, sweep.groups))
     results = Results(
         rows=tuple(rows(now.arms, now.records, now.run.ablate)),
         gains=tuple(gains(now.arms, now.records, now.run.ablate)),
@@ -150,13 +157,18 @@ def ablate(sweep: Sweep, *, processes: int = 1, share: Share | None = None, prog
     return results
 
 
-def _records(jobs: Sequence[Job]) -> Records:
-    """What the ledger has of these runs. Raises RecordError for a record of another run."""
+def _records(jobs: Sequence[Job], groups: tuple[str, ...]) -> Records:
+    """What the ledger has of these runs. Raises RecordError for a record of another run.
+
+    How images are grouped decides no result and is in no identity, but it decides an interval: today's ``groups``
+    count.
+    """
     records: dict[str, dict[int, RunRecord]] = {}
     for job in jobs:
         record = Ledger(job.ledger).load(job.arm, job.seed, job.identity)
         if record is not None:
-            records.setdefault(job.arm, {})[job.seed] = record
+            images = replace(record.images, groups=groups)
+            records.setdefault(job.arm, {})[job.seed] = replace(record, images=images)
     return records
 
 
@@ -208,9 +220,15 @@ class _Opened:
         cached = run.train.teacher_view == "cache"
         key = run.cache.path if cached else json.dumps([to_dict(run.the_teacher()), run.cache.precision])
         if key not in self._fingerprints:
-            opened = CacheReader(run.cache.path).spec if cached else open_live_teacher(run, source.classes, ())
+            opened = _cache_of(run) if cached else open_live_teacher(run, source.classes, ())
             self._fingerprints[key] = opened.fingerprints
         return self._fingerprints[key]
+
+
+def _cache_of(run: RunConfig) -> CacheSpec:
+    cache = CacheReader(run.cache.path)
+    require_named_teacher(cache.spec, run.teacher, cache.path)
+    return cache.spec
 
 
 def _has_longer(run: RunConfig) -> bool:
@@ -267,7 +285,8 @@ def _check_labels(arms: Iterable[Arm], opened: _Opened) -> tuple[str, ...]:
         source, held = opened.data(arm.run)
         teacher = teacher_checkpoint(arm.run) if arm.distills else None
         if arm.distills and teacher is None:
-            unknown["the teacher is no checkpoint that is here"] = None
+            named = "that wrote the cache" if arm.run.teacher is None else arm.run.teacher.reference
+            unknown[f"the teacher {named} is no checkpoint that is here"] = None
         for path in filter(None, (teacher, *_beginnings(arm.run))):
             if (path, id(source)) in checked:
                 continue

@@ -123,8 +123,8 @@ class Results:
             "device": {record.device for record in self.records},
             "threads": {str(record.threads) for record in self.records},
             **{
-                name: {record.versions[name] for record in self.records}
-                for name in (self.records[0].versions if self.records else ())
+                name: {record.versions.get(name, "unknown") for record in self.records}
+                for name in dict.fromkeys(name for record in self.records for name in record.versions)
             },
         }
         return {name: sorted(values) for name, values in found.items()}

@@ -82,6 +82,11 @@ class RunFolder:
             if line.endswith("\n"):
                 yield json.loads(line)
 
+    def versions(self) -> dict[str, str]:
+        """What run.json says that the run was made with; nothing where there is none."""
+        found: dict[str, str] = json.loads(self.run.read_text())["versions"] if self.run.exists() else {}
+        return found
+
     def log(self, record: Record) -> None:
         """Adds a line, of which ``step`` is one entry."""
         try:

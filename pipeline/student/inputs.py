@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +29,8 @@ from segkd.pipeline.student.live import open_live_teacher
 from segkd.pipeline.student.losses import Objective
 from segkd.pipeline.student.seen import SampleList, Seen
 from segkd.pipeline.student.trainer import Targets
-from segkd.pipeline.teacher.fingerprints import portable
+from segkd.pipeline.teacher.named import require_named_teacher
 from segkd.storage.coding import ExactDistribution
-from segkd.storage.differences import difference, leaves
 from segkd.storage.errors import CacheMismatchError, ConfigError
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import CacheSpec
@@ -70,7 +66,7 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool, progre
     train = run.train
     objective = Objective(loss=run.loss, knowledge=run.knowledge.kinds() if distill else ())
     if distill:
-        _check_knowledge(objective.knowledge, train)
+        check_knowledge(objective.knowledge, train)
     if train.auxiliary and not distill:
         raise ConfigError(
             f"train.auxiliary is {train.auxiliary}, but without distillation nothing can be learned from samples "
@@ -131,8 +127,7 @@ def _open_cache(run: RunConfig, objective: Objective) -> CacheReader:
             "run segkd teacher-cache, or segkd cache repair if one was interrupted, to finish it",
             run.cache.path,
         )
-    if run.teacher is not None:
-        _check_teacher(cache, run.teacher)
+    require_named_teacher(cache.spec, run.teacher, cache.path)
     cache.prepare()
     if not run.loss.allow_unpromised:
         check_promise(cache.spec, objective.knowledge, str(cache.path))
@@ -165,7 +160,7 @@ def _compare(
     )
 
 
-def _check_knowledge(knowledge: Sequence[Knowledge], train: TrainConfig) -> None:
+def check_knowledge(knowledge: Sequence[Knowledge], train: TrainConfig) -> None:
     """Raises ConfigError where nothing would be distilled, or something from images that no batch holds."""
     if not knowledge:
         raise ConfigError(
@@ -212,36 +207,6 @@ def check_promise(spec: CacheSpec, knowledge: Sequence[Knowledge], where: str) -
                     f"{target.bound:g} nats at T = {', '.join(f'{t:g}' for t in promised)} only; "
                     f"write it again with {missing[0]:g} among cache.temperatures, {override}"
                 )
-
-
-def _check_teacher(cache: CacheReader, teacher: NetworkConfig) -> None:
-    """Raises CacheMismatchError where the run file states something else of the teacher than the cache does.
-
-    What it leaves to defaults is not compared, because the teacher's module or checkpoint may say it, and neither has
-    to be here any more; nor are weights, which teacher-cache compares.
-    """
-    defaults, stated = map(_described, (NetworkConfig(reference=""), teacher))
-    kept = dict(leaves(cache.spec.teacher))
-    differing = [
-        difference(key, kept.get(key), value)
-        for key, value in stated.items()
-        if value not in (defaults.get(key), kept.get(key)) and not _is_absent_file(value, kept.get(key))
-    ]
-    if differing:
-        raise CacheMismatchError(
-            f"{cache.path} is of a teacher that differs in {', '.join(differing)}; "
-            "name this teacher's cache in cache.path, or write it with segkd teacher-cache"
-        )
-
-
-def _described(network: NetworkConfig) -> dict[str, Any]:
-    """The leaves of a description as a cache keeps it, read from JSON."""
-    return dict(leaves(json.loads(json.dumps(portable(network)))))
-
-
-def _is_absent_file(value: Any, kept: Any) -> bool:
-    """Whether a path of an argument is that of the file whose content the cache knows."""
-    return isinstance(kept, str) and kept.startswith(f"{Path(str(value)).name} sha256:")
 
 
 def _is_class_weighted(kind: Knowledge) -> bool:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from segkd import __version__
 from segkd.pipeline.config import RunConfig
 from segkd.pipeline.data.batch import Batch
 from segkd.pipeline.data.stream import TrainStream, loader
@@ -34,6 +31,7 @@ from segkd.pipeline.student.inputs import Inputs, open_inputs
 from segkd.pipeline.student.resuming import last_checkpoint, require_same
 from segkd.pipeline.student.runtime import StopRequest, leave_signals_to_parent, torch_settings
 from segkd.pipeline.student.trainer import DIVERGED, Trainer
+from segkd.pipeline.versions import versions
 from segkd.storage.errors import ConfigError, NonFiniteError, SegkdError
 
 logger = logging.getLogger(__name__)
@@ -149,7 +147,7 @@ class _Training:
         for line in self._folder.records() if first else ():
             self._damaged |= line.get("damaged", {}) if line["step"] <= first else {}
         if first < config.steps or self._validation_is_due():
-            self._folder.open(_run_document(self._state, self._inputs, self._trainer), first)
+            self._folder.open(_run_document(self._state, self._inputs, self._trainer, self._versions(first)), first)
             self._save()  # Before anything is computed: a disk that cannot be written to shows now.
             self._validate_if_due()
             with self._progress.task("train", config.steps, unit="step", done=first) as task:
@@ -188,6 +186,18 @@ class _Training:
                 if done % config.checkpoint_every == 0 or done == config.steps:
                     self._save()
                 clock.start()
+
+    def _versions(self, first: int) -> dict[str, str]:
+        """What the run is made with; where it goes on with another version than it had, both."""
+        held = self._folder.versions() if first else {}
+        found = {}
+        for name, version in versions().items():
+            had = held.get(name, version).split(" then ")
+            if had[-1] != version:
+                logger.warning("%s: begun with %s %s, goes on with %s", self._folder.path, name, had[-1], version)
+                had.append(version)
+            found[name] = " then ".join(had)
+        return found
 
     def _note_damage(self, batch: Batch) -> None:
         """Tells once of each sample that the cache has lost, in the run's folder too, where a resumed run finds it."""
@@ -271,15 +281,14 @@ def _batches(stream: TrainStream, start: int, stop: int, workers: int) -> Genera
         raise
 
 
-def _run_document(state: Description, inputs: Inputs, trainer: Trainer) -> dict[str, Any]:
+def _run_document(state: Description, inputs: Inputs, trainer: Trainer, versions: Mapping[str, str]) -> dict[str, Any]:
     """What run.json holds."""
-    versions = {"segkd": __version__, "python": platform.python_version(), "torch": torch.__version__}
     return {
         "configuration": state.run,
         "samples": state.samples.to_dict(),
         "pools": inputs.stream.pools,
         "classes": list(state.classes.names),
-        "versions": {**versions, "numpy": np.__version__},
+        "versions": dict(versions),
         "device": str(trainer.device),
         "threads": torch.get_num_threads(),
     }

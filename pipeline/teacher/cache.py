@@ -230,7 +230,7 @@ class _Journal:
         self.writer, self.device, self.task = writer, device, task
         # A relative path may have no name of its own: ".".
         self.path = Path(f"{writer.root.resolve()}.log")
-        self.began = time.monotonic()
+        self.began, self.began_at = time.monotonic(), time.time()
         self.samples = self.bytes = self.pixels = 0
 
     def unit(self, unit: Unit, size: int | None, **worker: Any) -> None:
@@ -247,12 +247,14 @@ class _Journal:
             "time": time.time(),
             "host": socket.gethostname(),
             "process": os.getpid(),
+            "began": self.began_at,
             "unit": unit.number,
             "committed": size is not None,
             "samples": unit.samples,
             "bytes": size,
             "seconds_since_start": time.monotonic() - self.began,
             "device": str(self.device),
+            "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             **worker,
         }

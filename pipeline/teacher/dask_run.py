@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from distributed import Client, Future, KilledWorker, LocalCluster, Worker, WorkerPlugin, wait
 
 from segkd.pipeline.config import RunConfig
@@ -184,7 +185,8 @@ def write_unit(task: _Task, number: int) -> dict[str, Any]:
             row["size"] = size
 
         stage.run(writer, [unit], note)
-    return {**row, "device": str(stage.predictor.device), "seconds": time.monotonic() - began}
+    did = {"device": str(stage.predictor.device), "threads": torch.get_num_threads()}
+    return {**row, **did, "seconds": time.monotonic() - began}
 
 
 def _open(task: _Task) -> _Opened | None:

@@ -1,0 +1,53 @@
+"""Whether a cache is of the teacher that the run file names, without loading a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from segkd.pipeline.models.network import NetworkConfig
+from segkd.pipeline.teacher.fingerprints import code_digest, code_of, portable
+from segkd.storage.differences import difference, leaves
+from segkd.storage.errors import CacheMismatchError
+from segkd.storage.spec import CacheSpec
+
+
+def require_named_teacher(spec: CacheSpec, teacher: NetworkConfig | None, cache: Path) -> None:
+    """Raises CacheMismatchError where the run file states something else of the teacher than the cache does.
+
+    The file that the reference names is compared by its content, if it is here: every checkpoint is called
+    ``last.safetensors``. It does not have to be here any more; nor is anything compared that is left to defaults, which
+    the teacher's module or checkpoint may have said otherwise.
+    """
+    if teacher is None:
+        return
+    defaults, stated = map(_described, (NetworkConfig(reference=""), teacher))
+    kept = dict(leaves(spec.teacher))
+    differing = [
+        difference(key, kept.get(key), value)
+        for key, value in stated.items()
+        if value not in (defaults.get(key), kept.get(key)) and not _is_absent_file(value, kept.get(key))
+    ]
+    if not differing and _is_file(teacher.reference) and code_digest(teacher.reference) != spec.fingerprints["code"]:
+        differing = [f"the content of {teacher.reference}"]
+    if differing:
+        raise CacheMismatchError(
+            f"{cache} is of a teacher that differs in {', '.join(differing)}; "
+            "name this teacher's cache in cache.path, or write it with segkd teacher-cache"
+        )
+
+
+def _described(network: NetworkConfig) -> dict[str, Any]:
+    """The leaves of a description as a cache keeps it, read from JSON."""
+    return dict(leaves(json.loads(json.dumps(portable(network)))))
+
+
+def _is_absent_file(value: Any, kept: Any) -> bool:
+    """Whether a path of an argument is that of the file whose content the cache knows."""
+    return isinstance(kept, str) and kept.startswith(f"{Path(str(value)).name} sha256:")
+
+
+def _is_file(reference: str) -> bool:
+    """Whether what a reference names is a file that is here."""
+    return " sha256:" in code_of(reference)
