@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,6 +213,23 @@ def test_ctrl_c_saves_what_is_under_way_and_says_how_to_go_on(undisturbed: Path,
     perform(job)
     again = records(tmp_path / "out" / "ledger")
     assert again == {"alone.seed-0": records(undisturbed / "out" / "ledger")["alone.seed-0"]}
+
+
+def test_ctrl_c_while_a_run_is_starting(undisturbed: Path, tmp_path: Path) -> None:
+    """As a terminal sends it, to all processes at once; what is done is in the tables."""
+    shutil.copytree(undisturbed / "out" / "ledger", tmp_path / "out" / "ledger")
+    (tmp_path / "out" / "ledger" / "alone.seed-0.json").unlink()
+    words = [sys.executable, "-m", "segkd.cli", "ablate", "-c", undisturbed / "run.toml", "-o", tmp_path / "out"]
+    with subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True, start_new_session=True) as sweep:
+        assert sweep.stderr is not None
+        said = [next(line for line in sweep.stderr if "alone, seed 0: begun" in line)]
+        time.sleep(0.5)  # its process is importing torch by now
+        os.killpg(sweep.pid, signal.SIGINT)
+        said += sweep.stderr
+    assert sweep.returncode == 130
+    assert said[-1].startswith("Interrupted. 3 of 4 runs are done")
+    assert "Traceback" not in "".join(said)
+    assert "| auxiliary-zero-first | 2 |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_ledger_is_taken_up_elsewhere(undisturbed: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What makes a run the same run on another machine: what decides its result, and no path.
 
-Two runs of one identity by the same code differ in rounding at most: segkd's own code, versions, device and threads stand
-in their records instead.
+Two runs of one identity by the same code differ in rounding at most: segkd's own code, versions, device and threads
+stand in their records instead.
 """
 
 from __future__ import annotations

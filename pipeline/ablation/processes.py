@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import multiprocessing.connection
+import signal
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 
 from segkd.pipeline.ablation.worker import STOPPED, Job, perform_in_process
@@ -36,7 +38,7 @@ def run_jobs(jobs: Sequence[Job], *, processes: int, progress: Progress, done: i
                 process: BaseProcess = context.Process(
                     target=perform_in_process, args=(job, logger.getEffectiveLevel())
                 )
-                process.start()
+                _start(process)
                 running[process] = job
                 logger.info("%s: begun; its log is %s", job, job.log)
             multiprocessing.connection.wait([process.sentinel for process in running], TURN)
@@ -48,7 +50,8 @@ def run_jobs(jobs: Sequence[Job], *, processes: int, progress: Progress, done: i
                 elif stop.signal is None:
                     failures[job] = _why(job, process.exitcode)
                     logger.warning("%s failed: %s", job, failures[job])
-                task.advance()
+                if process.exitcode == 0 or stop.signal is None:
+                    task.advance()
             if stop.signal is not None:
                 _stop(list(running))
                 running.clear()
@@ -58,6 +61,16 @@ def run_jobs(jobs: Sequence[Job], *, processes: int, progress: Progress, done: i
             "the same command goes on with them."
         )
     return failures
+
+
+def _start(process: BaseProcess) -> None:
+    """Holds a terminal's Ctrl-C, which is for the sweep, back from the new process until that has left the terminal."""
+    resource_tracker.ensure_running()  # which start() would do, and let signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _stop(running: Sequence[BaseProcess]) -> None:

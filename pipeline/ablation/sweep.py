@@ -140,8 +140,16 @@ def ablate(sweep: Sweep, *, processes: int = 1, share: Share | None = None, prog
     left = [job for job in mine if sweep.state(job) != "done"]
     if share is not None:
         logger.info("%s (%s): %d of %d runs, %d to do", share, share.origin, len(mine), len(sweep.jobs), len(left))
-    failures = run_jobs(left, processes=processes, progress=progress, done=len(mine) - len(left))
-    # Whatever other tasks have done meanwhile counts too.
+    try:
+        failures = run_jobs(left, processes=processes, progress=progress, done=len(mine) - len(left))
+    except KeyboardInterrupt:
+        _compare(sweep, {})
+        raise
+    return _compare(sweep, failures)
+
+
+def _compare(sweep: Sweep, failures: Mapping[Job, str]) -> Results:
+    """Writes the tables of all that is done, by whatever task."""
     now = replace(sweep, records=_records(sweep.jobs, sweep.groups))
     results = Results(
         rows=tuple(rows(now.arms, now.records, now.run.ablate)),

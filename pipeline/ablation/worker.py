@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,8 +83,10 @@ def perform(job: Job) -> RunRecord:
 
 def perform_in_process(job: Job, verbosity: int) -> None:
     """The process of one run: what it says goes to the job's log. It ends with 0, 1 or :data:`STOPPED`."""
-    # A terminal's Ctrl-C is for the sweep, which asks its runs to stop, once.
+    # A terminal's Ctrl-C is for the sweep, which asks its runs to stop, once. Until here it was held back.
     os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     job.log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
