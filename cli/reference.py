@@ -23,6 +23,7 @@ import click
 from segkd.cli.main import main
 from segkd.pipeline.config import RunConfig
 from segkd.pipeline.evidence import Row, evidence_of
+from segkd.pipeline.models.references import BUILT_IN
 from segkd.pipeline.settings import Setting, settings, to_toml_value
 
 NOTE = "<!-- Made by `python -m segkd.cli.reference docs`; change what it is made from instead. -->"
@@ -95,7 +96,18 @@ def configuration_page() -> str:
             for name in [key.field.name]
         ]
         parts.append("\n".join(["| key | holds | default | meaning |", "|---|---|---|---|", *rows]))
+    parts += ["## Built-in networks", networks_table()]
     return "\n\n".join(parts) + "\n"
+
+
+def networks_table() -> str:
+    """What may stand as a reference without any code of one's own, with what ``arguments`` may hold."""
+    rows = []
+    for name, build in BUILT_IN.items():
+        _, *own = inspect.signature(build).parameters.values()  # the first is the number of classes
+        arguments = ", ".join(f"`{one.name} = {to_toml_value(one.default)}`" for one in own)
+        rows.append(f"| `{name}` | {arguments or 'none'} | {_cell(_prose(inspect.getdoc(build) or ''))} |")
+    return "\n".join(["| `reference` | `arguments`, with their defaults | what it is |", "|---|---|---|", *rows])
 
 
 def field_docs(kind: type) -> dict[str, str]:

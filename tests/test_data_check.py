@@ -302,3 +302,22 @@ def test_draft_of_real_camvid() -> None:
     config = parse(DataConfig, tomllib.loads(draft(CAMVID))["data"])
     assert config.reader == "camvid"
     assert len(open_data(config).samples) == 468
+
+
+def test_scored_images_whose_copies_may_be_missed(tmp_path: Path) -> None:
+    put(tmp_path, "train/a", np.zeros((32, 32)))
+    save(tmp_path / "labels/val/fog.png", np.zeros((32, 32)))
+    save(tmp_path / "images/val/fog.png", np.linspace(120, 130, 32 * 32 * 3).reshape(32, 32, 3))
+    expected = (
+        f"sample 'val/fog' (report, {tmp_path}/images/val/fog.png) has hardly any contrast: copies of it are found "
+        "where all pixels are equal, not where they are re-encoded or scaled"
+    )
+    assert expected in messages(check(folder(tmp_path)), "warning")
+    assert expected not in messages(check(folder(tmp_path, compare_contents="off")), "warning")
+    for name in ("mist", "haze"):
+        save(tmp_path / f"labels/val/{name}.png", np.zeros((32, 32)))
+        save(tmp_path / f"images/val/{name}.png", np.full((32, 32, 3), len(name) * ord(name[0]) % 256))
+    assert any(
+        "has hardly any contrast, and so have 2 more of role select or report: copies" in warning
+        for warning in messages(check(folder(tmp_path)), "warning")
+    )

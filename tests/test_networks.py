@@ -233,7 +233,10 @@ def test_a_crop_of_one_cell_is_refused_with_the_remedy() -> None:
         (lambda: deeplab_mobilenetv1(3, width=0), "width = 0; expected a positive multiplier of the channels"),
         (lambda: deeplab_mobilenetv1(3, rates=()), r"rates = \[\]; expected at least one dilation rate of 1 or more"),
         (lambda: deeplab_mobilenetv1(3, rates=(6, 0)), r"rates = \[6, 0\]; expected"),
-        (lambda: BUILT_IN["deeplabv3plus-mobilenetv2"](3, width=0), "width = 0; expected at least 1 channel"),
+        (
+            lambda: BUILT_IN["deeplabv3plus-mobilenetv2"](3, width=0),
+            "deeplabv3plus-mobilenetv2: width = 0; expected a number of channels, 256 as a rule",
+        ),
         (lambda: BUILT_IN["enet"](0), "at least 1 class, got num_classes = 0"),
     ],
 )

@@ -536,15 +536,15 @@ def test_every_description_survives_a_run_file(tmp_path: Path) -> None:
         ),
         (
             {"fractions": {"train": 0.5, "report": 0.4}, "group": ".*"},
-            "data.fractions add up to 0.9; each must be above 0 and all together 1",
+            "data.fractions add up to 0.9, expected 1",
         ),
         (
             {"fractions": {"train": 1.5, "report": -0.5}, "group": ".*"},
-            "data.fractions add up to 1; each must be above 0 and all together 1",
+            "data.fractions has report = -0.5; leave out the roles that get no image",
         ),
         (
-            {"fractions": {"train": 1.0, "report": math.nan}, "group": ".*"},
-            "data.fractions add up to nan; each must be above 0 and all together 1",
+            {"fractions": {"train": 1.0, "select": 0.0, "report": math.nan}, "group": ".*"},
+            "data.fractions has select = 0, report = nan; leave out the roles that get no image",
         ),
         (
             {"fractions": {"train": 1.0}},

@@ -15,12 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from segkd.pipeline.data.config import DataConfig
-from segkd.pipeline.data.contamination import describe_contaminated, describe_copy, describe_shared, find_twins
+from segkd.pipeline.data.contamination import (
+    describe_contaminated,
+    describe_copy,
+    describe_sample,
+    describe_shared,
+    find_twins,
+)
 from segkd.pipeline.data.contents import Content, content_of, stamp
 from segkd.pipeline.data.labels import LabelMap, UnmappedError
+from segkd.pipeline.data.matching import is_faint
 from segkd.pipeline.data.readers import Complaint, find
 from segkd.pipeline.data.remembered import Memory, Stamp
-from segkd.pipeline.data.sample import IGNORE, LEARNED, SCORED, DataSource, Role, Sample
+from segkd.pipeline.data.sample import IGNORE, LEARNED, SCORED, DataSource, Role, Sample, with_role
 from segkd.pipeline.progress import SILENT, Progress
 from segkd.storage.errors import ContaminationError, DataError
 
@@ -210,6 +217,14 @@ def _in_two_roles(config: DataConfig, source: DataSource, contents: dict[str, Co
         yield Complaint("warning", describe_shared(twin, source))
     for twin in twins.copies:
         yield Complaint("warning", describe_copy(twin, source))
+    faint = [sample for sample in with_role(source, *SCORED) if sample.id in contents and is_faint(contents[sample.id])]
+    if faint:
+        more = f", and so have {len(faint) - 1:,} more of role select or report" if len(faint) > 1 else ""
+        yield Complaint(
+            "warning",
+            f"{describe_sample(faint[0], source)} has hardly any contrast{more}: "
+            "copies of it are found where all pixels are equal, not where they are re-encoded or scaled",
+        )
 
 
 def _unmapped(

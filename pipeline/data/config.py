@@ -130,8 +130,11 @@ class DataConfig:
             )
         if self.fractions:
             total = math.fsum(self.fractions.values())
-            if not (min(self.fractions.values()) > 0 and abs(total - 1) <= 1e-6):
-                raise ConfigError(f"data.fractions add up to {total:g}; each must be above 0 and all together 1")
+            none = [f"{role} = {share:g}" for role, share in self.fractions.items() if not share > 0]
+            if none:
+                raise ConfigError(f"data.fractions has {', '.join(none)}; leave out the roles that get no image")
+            if not abs(total - 1) <= 1e-6:
+                raise ConfigError(f"data.fractions add up to {total:g}, expected 1")
             if self.reader in LAYOUTS and Role.REPORT in self.fractions:
                 raise ConfigError(
                     f"data.fractions.report is given, but fractions divide the training part of '{self.reader}', "

@@ -23,6 +23,11 @@ _COARSE = 4
 _ROUNDING = 1e-3
 
 
+def is_faint(content: Content) -> bool:
+    """Whether an image has too little contrast to be compared by its tones."""
+    return bool(np.frombuffer(content.tones, np.uint8).std(dtype=np.float32) < LEAST_CONTRAST)
+
+
 @dataclass(frozen=True, slots=True)
 class Likeness:
     """Two images that show the same, by their positions in the two lists."""

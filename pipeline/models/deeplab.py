@@ -117,7 +117,7 @@ def deeplabv3plus_mobilenetv2(num_classes: int, *, width: int = 256, output_stri
     The rates keep their reach in pixels: 6, 12, 18 at output stride 16, twice that at 8, half at 32.
     """
     if width < 1:
-        raise NetworkError(f"width = {width}; expected at least 1 channel")
+        raise NetworkError(f"deeplabv3plus-mobilenetv2: width = {width}; expected a number of channels, 256 as a rule")
     backbone = MobileNetV2(output_stride)
     rates = tuple(rate * 16 // output_stride for rate in (6, 12, 18))
     return DeepLabV3Plus(backbone, num_classes, width=width, rates=rates)

@@ -127,7 +127,9 @@ def _context() -> list[nn.Module]:
 
 
 class ENet(Network):
-    """Logits at stride 1: the last doubling is a learned transposed convolution, so the native grid is the pixels."""
+    """ENet (Paszke et al., 2016). Logits at stride 1: the last doubling is a learned transposed convolution, so the
+    native grid is the pixels.
+    """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(Grid(stride=1), num_classes)

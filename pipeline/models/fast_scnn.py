@@ -44,7 +44,7 @@ class PyramidPooling(nn.Module):
 
 
 class FastSCNN(Network):
-    """Logits at stride 8; the global branch works at stride 32."""
+    """Fast-SCNN (Poudel et al., 2019). Logits at stride 8; the global branch works at stride 32."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(Grid(stride=8), num_classes)
