@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from segkd.cli.options import (
+    ROLES,
     device_option,
     json_option,
     progress,
@@ -18,8 +19,6 @@ from segkd.cli.options import (
 
 if TYPE_CHECKING:
     from segkd.pipeline.config import RunConfig
-
-ROLES = ("train", "auxiliary", "select", "report")
 
 
 @click.command("evaluate", short_help="Score a checkpoint, a network or a cached teacher.")

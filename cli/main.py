@@ -16,6 +16,7 @@ from segkd.cli.cache_repair import cache_repair
 from segkd.cli.cache_show import cache_show
 from segkd.cli.cache_verify import cache_verify
 from segkd.cli.data_check import data_check
+from segkd.cli.data_list import data_list
 from segkd.cli.evaluate import evaluate
 from segkd.cli.options import VERBOSITY, Interrupted, set_up_logging
 from segkd.cli.plan import plan
@@ -79,6 +80,7 @@ def cache() -> None:
 
 
 data.add_command(data_check, "check")
+data.add_command(data_list, "list")
 cache.add_command(cache_compact, "compact")
 cache.add_command(cache_info, "info")
 cache.add_command(cache_repair, "repair")

@@ -25,6 +25,9 @@ VERBOSITY = "segkd.verbosity"
 """Key in click's context: the number of -v less the number of -q."""
 
 
+ROLES = ("train", "auxiliary", "select", "report")
+
+
 class Interrupted(click.ClickException):
     """Ctrl-C, and how to go on."""
 

@@ -207,3 +207,20 @@ def test_logs_and_progress_go_to_standard_error(run: Path) -> None:
     assert "teacher-cache: 6/6 images" in loud.stderr
     assert "teacher-cache: 6/6" not in loud.stdout
     assert quiet.stderr == ""
+
+
+def test_samples_are_listed_with_role_id_group_and_file(run: Path) -> None:
+    root = run.parent
+    grouped = ("-c", run, "-s", "data.group='^[a-z]'")
+    listed = segkd("data", "list", *grouped).stdout.splitlines()
+    assert len(listed) == 8
+    assert [line for line in listed if line.startswith("select")] == [
+        f"select\tc/{number}\tc\t{root}/images/c/{number}.png" for number in range(2)
+    ]
+    assert segkd("data", "list", *grouped, "--role", "select").stdout.splitlines() == [
+        line for line in listed if line.startswith("select")
+    ]
+    assert result_of("data", "list", *grouped, "--role", "report")["samples"] == [
+        {"role": "report", "id": f"d/{number}", "group": "d", "image": f"{root}/images/d/{number}.png"}
+        for number in range(2)
+    ]
