@@ -282,6 +282,20 @@ def test_draft_of_images_alone(tmp_path: Path) -> None:
     assert roles == {f"clip/frame_{index}": "auxiliary" for index in range(12)}
 
 
+def test_draft_one_level_too_high(tmp_path: Path) -> None:
+    """Label maps would be drafted as images to learn from."""
+    place = "one folder of images and one of label maps, such as"
+    bring = f"name that folder, or bring them into {place} {tmp_path}/images/a and {tmp_path}/labels/a"
+    save(tmp_path / "extra/b.png", np.zeros((2, 2, 3)))
+    for count, told in enumerate(("a", "a and {0}/b", "a and {0}/b and 1 more")):
+        put(tmp_path / "abc"[count], f"x{count}", [[0, 1]])
+        with pytest.raises(DataError) as caught:
+            draft(tmp_path)
+        beside = f"label maps lie a level deeper, beside the images of {tmp_path}/{told.format(tmp_path)}"
+        assert str(caught.value) == f"{tmp_path}: {beside}; {bring}"
+    assert 'labels = "labels"' in draft(tmp_path / "a")
+
+
 def test_draft_of_what_is_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=f"^{re.escape(str(tmp_path))}: holds no images; expected .bmp, .jpeg, .*files$"

@@ -47,7 +47,8 @@ def draft(root: str | Path) -> str:
     """A TOML table ``[data]`` for the folder ``root``, with placeholders for what files cannot tell.
 
     Recognises the published data sets, here or a little below, SegNet's folders, a folder of images beside one of label
-    maps, and both in one folder. Raises DataError where there are no images, or label maps that cannot be ones.
+    maps, and both in one folder. Raises DataError where there are no images, or label maps that lie deeper or cannot be
+    ones.
     """
     root = Path(root)
     # SegNet's folders may hold label maps of others, so these are looked into.
@@ -121,7 +122,26 @@ def _pairs(root: Path, names: Sequence[str]) -> _Layout:
     found = [name for name in names if _is_image(name)]
     if not found:
         raise DataError(f"{root}: holds no images; expected {', '.join(sorted(images.IMAGE_EXTENSIONS))} files")
+    deeper = [str(root / top) for top, inside in by_top.items() if top != "." and _labels_are_beside(inside)]
+    if deeper:
+        more = f" and {len(deeper) - 2:,} more" if len(deeper) > 2 else ""
+        raise DataError(
+            f"{root}: label maps lie a level deeper, beside the images of {' and '.join(deeper[:2])}{more}; name "
+            f"that folder, or bring them into one folder of images and one of label maps, such as {root}/images/a and "
+            f"{root}/labels/a"
+        )
     return _Layout({"reader": "folder", "images": ".", "labels": ""}, _first_folders(found))
+
+
+def _labels_are_beside(names: Sequence[str]) -> bool:
+    """Whether one of a folder's folders is called as label maps are, and has some for the images of another."""
+    by_top: dict[str, list[str]] = {}
+    for name in names:
+        top, slash, rest = name.partition("/")
+        if slash:
+            by_top.setdefault(top, []).append(rest)
+    labels = [top for top in by_top if _LABELS_NAME.search(top)]
+    return any(_match(image, label, by_top).paired for label in labels for image in by_top if image != label)
 
 
 def _holds_labels(folder: Path, top: str, names: Sequence[str]) -> bool:
