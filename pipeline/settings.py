@@ -237,7 +237,16 @@ def _problems(
         complaints.setdefault(key, {})[item["type"]] = _complaint(kind, key, item)
     lines = []
     for key, by_type in complaints.items():
-        change = next((change for change in reversed(changes) if key[: len(change.key)] == change.key), None)
+        # A table that does not exist may have been made by a change below it.
+        unknown = "unexpected_keyword_argument" in by_type
+        change = next(
+            (
+                change
+                for change in reversed(changes)
+                if key[: len(change.key)] == change.key or (unknown and change.key[: len(key)] == key)
+            ),
+            None,
+        )
         where = f"--set {change.text}" if change else place or _NO_RUN_FILE
         first, *others = by_type.values()
         text = " or ".join([first, *(other.removeprefix("expected ") for other in others)])

@@ -128,6 +128,8 @@ def test_a_problem_of_an_override_is_laid_at_its_door() -> None:
         message(GOOD, "train.stpes=5")
         == "--set train.stpes=5: train.stpes = 5: there is no such key; did you mean train.steps?"
     )
+    trian = "--set trian.steps=5: trian: there is no such key; did you mean train?"
+    assert message(GOOD, "trian.steps=5", "train.steps=6") == trian
     assert message({}, place=None) == "no run file: data: is missing and has no default"
 
 
