@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from segkd.pipeline.evidence import Evidence
+from segkd.pipeline.evidence import Evidence, Row
 from segkd.pipeline.student.knowledge.base import Cells, ClassWeighted, Need
 
 
@@ -21,7 +21,7 @@ class PseudoLabels(ClassWeighted):
     """
 
     name: ClassVar[str] = "pseudo_labels"
-    evidence: ClassVar[Evidence] = {"": None}
+    evidence: ClassVar[Evidence] = {"form=hard": Row("camvid-s.md", "pseudo-labels"), "form=confidence": None}
 
     form: Literal["hard", "confidence"] = "hard"
     """What a cell weighs: ``hard``: 1; ``confidence``: the teacher's largest probability."""

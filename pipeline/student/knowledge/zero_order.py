@@ -24,7 +24,7 @@ class ZeroOrder(ClassWeighted):
 
     name: ClassVar[str] = "zero_order"
     evidence: ClassVar[Evidence] = {
-        "form=kl": Row("demo.md", "student, distilled"),
+        "form=kl": Row("camvid-s.md", "zero"),
         "form=squared": None,
         "temperature": None,
         "class_weighted": Row("camvid-s.md", "zero"),
