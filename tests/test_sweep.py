@@ -322,6 +322,14 @@ def test_rows_gains_and_what_must_be_known(undisturbed: Path) -> None:
     assert "a bootstrap of 3 blocks of up to 2 consecutive frames" in text
 
 
+def test_a_gap_closed_says_of_how_many_seeds(undisturbed: Path) -> None:
+    """Where the upper bound has fewer than the arm."""
+    scores = {"alone": [40.0, 48.0, 41.0], "auxiliary-zero-first": [43.0, 49.0, 41.0]}
+    for upper, told in (([46.0], "50 % of 1 seed"), ([46.0, 52.0], "40 % of 2 seeds"), ([46.0, 52.0, 47.0], "25 %")):
+        lines = made_up(undisturbed, {**scores, "all": upper}, upper="all").markdown().splitlines()
+        assert next(line for line in lines if line.startswith("| auxiliary-zero-first | 3 ")).endswith(f" | {told} |")
+
+
 def test_only_common_seeds_are_paired_and_one_seed_decides_nothing(undisturbed: Path) -> None:
     results = made_up(undisturbed, {"alone": [40.0, 41.0, 42.0], "auxiliary-zero-first": [43.0]})
     (gain,) = results.gains

@@ -61,7 +61,9 @@ class Row:
     """What is not at matched compute."""
     settings: tuple[str, ...]
     gap_closed: float | None
-    """Share of the gap between "alone" and the upper bound, both at the seeds of this arm; None without one."""
+    """Share of the gap between "alone" and the upper bound, at the seeds that all three have; None without any."""
+    gap_seeds: int
+    """How many these are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,7 @@ def _row(arm: Arm, records: Records, upper: str) -> Row:
         unmatched=arm.unmatched,
         settings=arm.settings,
         gap_closed=_gap_closed(arm.name, records, upper),
+        gap_seeds=len(_gap_seeds(arm.name, records, upper)),
     )
 
 
@@ -140,13 +143,17 @@ def _mean(values: Sequence[float | None]) -> Mean | None:
 
 def _gap_closed(arm: str, records: Records, upper: str) -> float | None:
     """``(arm - alone) / (upper - alone)`` of means over the seeds that all three have; None for no gap to close."""
-    three = [records.get(name, {}) for name in (arm, "alone", upper)]
-    seeds = set.intersection(*map(set, three))
-    scores = [[runs[seed].report["miou"] for seed in sorted(seeds)] for runs in three]
+    seeds = _gap_seeds(arm, records, upper)
+    scores = [[records[name][seed].report["miou"] for seed in seeds] for name in (arm, "alone", upper) if seeds]
     if not seeds or any(None in of_arm for of_arm in scores):
         return None
     reached, alone, most = map(float, np.mean(scores, 1))
     return (reached - alone) / (most - alone) if most > alone else None
+
+
+def _gap_seeds(arm: str, records: Records, upper: str) -> list[int]:
+    """The seeds that an arm, "alone" and the upper bound have in common."""
+    return sorted(set.intersection(*(set(records.get(name, {})) for name in (arm, "alone", upper))))
 
 
 def _gain(

@@ -62,6 +62,8 @@ class Results:
         yield from _head([*heads, *(["gap closed"] if upper else [])])
         for row in self.rows:
             closed = "n/a" if row.gap_closed is None else f"{100 * row.gap_closed:.0f} %"
+            if row.gap_closed is not None and row.gap_seeds < len(row.seeds):
+                closed += f" of {row.gap_seeds} seed{'s' if row.gap_seeds > 1 else ''}"
             cells = [
                 f"{row.arm}{MARK if row.unmatched else ''}",
                 f"{len(row.seeds)}",
