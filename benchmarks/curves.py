@@ -15,13 +15,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from segkd.pipeline.student.folder import RunFolder
+
 Curve = dict[int, float]
 """mIoU in percent by step."""
 
 
-def curve_of(metrics: Path) -> Curve:
+def curve_of(run: Path) -> Curve:
     """The validations of a run; of a step that was taken twice, after an interruption, the last."""
-    lines = (json.loads(line) for line in metrics.read_text().splitlines())
+    lines = RunFolder(run, tensorboard=False).records()
     return {line["step"]: line["select"]["miou"] for line in lines if "select" in line}
 
 
@@ -34,10 +36,10 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 def read_arms(sweep: Path) -> dict[str, list[Curve]]:
     """The curves of each arm's runs."""
     arms: dict[str, list[Curve]] = {}
-    for metrics in sorted(sweep.glob("*/seed-*/metrics.jsonl")):
-        curve = curve_of(metrics)
+    for run in sorted(sweep.glob("*/seed-*/")):
+        curve = curve_of(run)
         if curve:
-            arms.setdefault(metrics.parent.parent.name, []).append(curve)
+            arms.setdefault(run.parent.name, []).append(curve)
     return arms
 
 

@@ -36,7 +36,8 @@ def _code_digest() -> str:
         for file in sorted(root.rglob("*.py")):
             place = file.relative_to(root)
             if place.parts[0] != _OF_NO_RUN:
-                digest.update(f"{root.name}/{place.as_posix()} {file.stat().st_size}\n".encode() + file.read_bytes())
+                content = file.read_bytes()
+                digest.update(f"{root.name}/{place.as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:12]
 
 

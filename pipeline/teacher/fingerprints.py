@@ -33,7 +33,7 @@ def fingerprints(teacher: Predictor, classes: Classes, targets: Iterable[TargetS
         "teacher": _digest(description),
         "weights": weights_digest(teacher.network),
         # What a Python file computes, or a frozen program has for weights, no tensor tells.
-        "code": code_digest(teacher.config.reference),
+        "code": code_digest(code_of(teacher.config.reference)),
         "preprocessing": _digest(preprocessing),
         "classes": _digest({"data": classes.names, **channels}),
         "coding": _digest([target.to_dict() for target in targets]),
@@ -63,9 +63,9 @@ def weights_digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def code_digest(reference: str) -> str:
-    """SHA-256 of :func:`code_of`."""
-    return _digest(code_of(reference))
+def code_digest(code: Any) -> str:
+    """SHA-256 of what :func:`code_of` gives."""
+    return _digest(code)
 
 
 def code_of(reference: str) -> Any:

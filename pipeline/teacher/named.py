@@ -29,8 +29,11 @@ def require_named_teacher(spec: CacheSpec, teacher: NetworkConfig | None, cache:
         for key, value in stated.items()
         if value not in (defaults.get(key), kept.get(key)) and not _is_absent_file(value, kept.get(key))
     ]
-    if not differing and _is_file(teacher.reference) and code_digest(teacher.reference) != spec.fingerprints["code"]:
-        differing = [f"the content of {teacher.reference}"]
+    if not differing:
+        code = code_of(teacher.reference)
+        # Without a digest the file is not here, or there is none.
+        if " sha256:" in code and code_digest(code) != spec.fingerprints["code"]:
+            differing = [f"the content of {teacher.reference}"]
     if differing:
         raise CacheMismatchError(
             f"{cache} is of a teacher that differs in {', '.join(differing)}; "
@@ -46,8 +49,3 @@ def _described(network: NetworkConfig) -> dict[str, Any]:
 def _is_absent_file(value: Any, kept: Any) -> bool:
     """Whether a path of an argument is that of the file whose content the cache knows."""
     return isinstance(kept, str) and kept.startswith(f"{Path(str(value)).name} sha256:")
-
-
-def _is_file(reference: str) -> bool:
-    """Whether what a reference names is a file that is here."""
-    return " sha256:" in code_of(reference)
