@@ -3,9 +3,10 @@
     python benchmarks/dense.py [--config configs/camvid.toml] [--images 12] [--windows 300] [--json]
 
 Without a run file: generated fields of 11 classes on grids of 90x120 cells. With one: its teacher over samples of role
-report, evenly spread. Bytes and times are those of an image's whole 64x64 tiles with their crc32c, against zstd as the
-profile plain packs them; a window is 64x64 cells at a random place, from the bytes of the up to four tiles it overlaps
-to codes, of which rows below the window are left out where the codec can. One thread. "cpu" is that thread's time.
+report, evenly spread. Bytes and times are those of an image's whole tiles with their crc32c, cut as the cache cuts such
+grids, against zstd as the profile plain packs them; a window is 64x64 cells at a random place, from the bytes of the
+tiles it overlaps to codes, of which rows below the window are left out where the codec can. One thread. "cpu" is that
+thread's time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from numcodecs.zstd import Zstd
-from rate_distortion import TILE, Image, synthetic_images, teacher_images, tiles
+from rate_distortion import Image, synthetic_images, teacher_images, tile_side, tiles
 
 from segkd.pipeline.config import load
 from segkd.pipeline.teacher.coded import code_targets
@@ -38,6 +39,7 @@ from segkd.storage.packing import ZSTD_LEVEL
 Codes = npt.NDArray[np.uint8]
 Pack = Callable[[Codes], bytes]
 Unpack = Callable[[bytes, tuple[int, int, int], int], Codes]
+WINDOW = 64
 START = "import time, segkd.storage.context as c; t = time.process_time(); c.kernels(); print(time.process_time() - t)"
 
 
@@ -86,22 +88,24 @@ def measure(
         done = [pack(tile) for tile in cut]
         seconds += time.thread_time() - began
         for tile, data in zip(cut, done, strict=True):
-            assert np.array_equal(unpack(data, tile.shape, TILE), tile), f"{codec} must be lossless"
-        places = [(y, x) for y in range(0, codes.shape[1], TILE) for x in range(0, codes.shape[2], TILE)]
+            assert np.array_equal(unpack(data, tile.shape, len(tile[0])), tile), f"{codec} must be lossless"
+        side = tile_side(codes.shape[1:])
+        places = [(y, x) for y in range(0, codes.shape[1], side) for x in range(0, codes.shape[2], side)]
         packed.append(dict(zip(places, done, strict=True)))
     rng, cpu, wall = np.random.default_rng(0), [], []
     for _ in range(windows):
         chosen = int(rng.integers(len(images)))
         channels, height, width = images[chosen].shape
-        top, left = (int(rng.integers(max(cells - TILE, 0) + 1)) for cells in (height, width))
+        side = tile_side((height, width))
+        top, left = (int(rng.integers(max(cells - WINDOW, 0) + 1)) for cells in (height, width))
         wanted = [
-            (data, min(TILE, top + TILE - y))
+            (data, min(side, top + WINDOW - y))
             for (y, x), data in packed[chosen].items()
-            if top - TILE < y < top + TILE and left - TILE < x < left + TILE
+            if top - side < y < top + WINDOW and left - side < x < left + WINDOW
         ]
         began_cpu, began_wall = time.thread_time(), time.perf_counter()
         for data, stop in wanted:
-            unpack(data, (channels, TILE, TILE), stop)
+            unpack(data, (channels, side, side), stop)
         cpu.append(time.thread_time() - began_cpu)
         wall.append(time.perf_counter() - began_wall)
     size = sum(len(data) + CHECKSUM for image in packed for data in image.values()) / len(images)

@@ -4,7 +4,7 @@
 
 The run file's teacher over its samples of role report, and a synthetic case of 150 classes (smooth random fields, said
 so in the table). Every 6th of CamVid's report images served to choose the coder's constants, so the table is printed of
-the others as well. Sizes are those of whole 64 x 64 tiles with their crc32c, as the cache stores them, and zstd has the
+the others as well. Sizes are those of whole tiles with their crc32c, cut as the cache cuts such grids, and zstd has the
 cache's level throughout; measures are the cache's own. "limit" is a slow coder on our codes, all of an image's planes
 as one tall picture, without tiles: JPEG-XL, lossless at effort 9, where imagecodecs is installed, else LZMA.
 For speed see reads.py and writes.py.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -40,9 +41,9 @@ from segkd.storage.coding import from_float16, to_float16
 from segkd.storage.context import decode as context_decode
 from segkd.storage.context import encode as context_encode
 from segkd.storage.geometry import Mapping
+from segkd.storage.layout import PlannedSample, usual_tile
 from segkd.storage.packing import ZSTD_LEVEL
 
-TILE = 64
 TUNED = 6
 """Every so-manieth report image served to choose the coder's constants."""
 LIMIT = "JPEG-XL" if importlib.util.find_spec("imagecodecs") else "LZMA"
@@ -71,11 +72,19 @@ def zstd(data: Codes, level: int = ZSTD_LEVEL) -> int:
     return len(Zstd(level).encode(np.ascontiguousarray(data).tobytes()))
 
 
+@functools.cache
+def tile_side(grid: tuple[int, int]) -> int:
+    """In cells, of the tiles that stage 1 cuts samples of this grid into."""
+    mapping = Grid(stride=1).mapping(*grid)
+    return usual_tile([PlannedSample(id="any", role="train", image_size=grid, mapping=mapping)])
+
+
 def tiles(codes: Codes) -> Iterator[Codes]:
-    for y in range(0, codes.shape[1], TILE):
-        for x in range(0, codes.shape[2], TILE):
-            part = codes[:, y : y + TILE, x : x + TILE]
-            yield np.pad(part, ((0, 0), (0, TILE - part.shape[1]), (0, TILE - part.shape[2])))
+    side = tile_side(codes.shape[1:])
+    for y in range(0, codes.shape[1], side):
+        for x in range(0, codes.shape[2], side):
+            part = codes[:, y : y + side, x : x + side]
+            yield np.pad(part, ((0, 0), (0, side - part.shape[1]), (0, side - part.shape[2])))
 
 
 def tiled(codes: Codes, pack: Callable[[Codes], int] = zstd) -> int:

@@ -4,8 +4,8 @@
 
 Each image of the run file's teacher is searched for the coarsest levels, or quantiser's step, that keep 1e-3 nats over
 the cells at both temperatures; what pixels cost then is stated. Bytes: zstd at the cache's level and a crc32c, in tiles
-of 64 x 64 cells, of coefficients of as many whole blocks as fit them. "entropy" is zero-order, over a class of codes or
-a band of coefficients, without tables, tiles and checksums: what no packing of each number by itself gets below.
+as the cache cuts them, of coefficients of as many whole blocks as fit them. "entropy" is zero-order, over a class of
+codes or a band of coefficients, without tables, tiles and checksums: no packing of each number by itself gets below it.
 "Filled" planes leave out the argmax: its probability is what the others leave, and its map is kept as well.
 """
 
@@ -22,7 +22,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rate_distortion import REFERENCE, TILE, Codes, Image, context, native_float16, teacher_images, tiled, tiles, zstd
+from rate_distortion import (
+    REFERENCE,
+    Codes,
+    Image,
+    context,
+    native_float16,
+    teacher_images,
+    tile_side,
+    tiled,
+    tiles,
+    zstd,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -186,7 +197,7 @@ def transformed(image: Image, side: int, power: float, *, fill: bool) -> Row:
     zigzag = sorted(range(side * side), key=lambda band: (band // side + band % side, band))
     bands = codes.flatten(-2)[..., zigzag].numpy().astype(np.int32)
     tops_bytes = tiled(tops.numpy().astype(np.uint8)) if fill else 0
-    size = packed(bands, TILE // side) + tops_bytes
+    size = packed(bands, tile_side((height, width)) // side) + tops_bytes
     return {"bytes": size, "entropy": entropy(np.moveaxis(bands, -1, 0)) + tops_bytes, **measured}
 
 

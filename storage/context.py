@@ -23,14 +23,14 @@ from segkd.storage.errors import ConfigError
 
 Codes = npt.NDArray[np.uint8]
 
-RAW, PLANES, MARKED, GRADED = range(4)
+RAW, PLANES, MARKED, GRADED = 0, 1, 2, 4
 TOP_CODE = 255
 MOST_CLASSES = 65_535
 
 
 @functools.cache
 def kernels() -> tuple[ModuleType, ModuleType, ModuleType, npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """The compiled modules and the models that a tile starts from, mode 3's last; compiles what no process here has.
+    """The compiled modules and the models that a tile starts from, mode 4's last; compiles what no process here has.
 
     Raises ConfigError without numba. Worth calling before workers fork, so that each need not compile or load them.
     """

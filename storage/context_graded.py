@@ -1,4 +1,4 @@
-"""The compiled coding of cells with one top class each and hardly a level of 0: mode 3 of docs/format.md.
+"""The compiled coding of cells with one top class each and hardly a level of 0: mode 4 of docs/format.md.
 
 numba's cache looks at the file of a function only: after a change in context_kernel.py, whose functions are inlined
 here, remove the caches in storage/__pycache__.
@@ -18,8 +18,8 @@ _U = np.uint64  # unsigned indexes spare the check for negative ones
 ROUGH_BIN = np.searchsorted((1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 18, 24), np.arange(32), side="right").astype(np.int64)
 MOST = 255  # levels of a cell that are averaged
 SHARE = (65_536 // np.arange(1, MOST + 2)).astype(np.int64)
-CLASSES, INPUTS = 4, 8  # what the learned part of a prediction sees: classes before, and they with the neighbours
-LARGEST = np.int32(1 << 17)  # a weight's
+CLASSES, INPUTS = 7, 16  # what the learned part of a prediction sees: classes before, and they with the neighbours
+LARGEST = np.int32(1 << 18)  # a weight's
 
 
 def initial_grades() -> npt.NDArray[np.int32]:
@@ -39,17 +39,13 @@ def initial_grades() -> npt.NDArray[np.int32]:
     return models
 
 
-@compiled("int64(int64, int64, int64, int64, int32[::1], int32[::1], int64)", inline=True)
-def _learned(w: Int, n: Int, nw: Int, ne: Int, weights: Any, inputs: Any, k: Int) -> Int:
-    """What class ``k``'s weights add to its prediction; fills in the inputs that are its neighbours' differences."""
-    at, added = k + CLASSES, np.int32(0)
-    inputs[_U(at)] = min(max(16 * (w - nw), -64), 64)
-    inputs[_U(at + 1)] = min(max(16 * (n - nw), -64), 64)
-    inputs[_U(at + 2)] = min(max(16 * (ne - n), -64), 64)
-    inputs[_U(at + 3)] = 16
+@compiled("int64(int32[::1], int32[::1], int64)", inline=True)
+def _learned(weights: Any, inputs: Any, k: Int) -> Int:
+    """What class ``k``'s weights add to its prediction."""
+    added = np.int32(0)
     for q in range(INPUTS):
         added += weights[_U(k * INPUTS + q)] * inputs[_U(k + q)]
-    return np.int64(added) >> 16
+    return np.int64(added) >> 17
 
 
 @compiled("void(int64, int32[::1], int32[::1], int64)", inline=True)
@@ -59,6 +55,11 @@ def _learn(gap: Int, weights: Any, inputs: Any, k: Int) -> None:
     for q in range(INPUTS):
         moved = weights[_U(k * INPUTS + q)] + step * inputs[_U(k + q)]
         weights[_U(k * INPUTS + q)] = min(max(moved, -LARGEST), LARGEST)
+
+
+@compiled("int32(int64)", inline=True)
+def _bounded(difference: Int) -> Int:
+    return np.int32(min(max(difference, -64), 64))
 
 
 @compiled("int64(int64, boolean, int64)", inline=True)
@@ -87,7 +88,7 @@ def code_grades(decoding: bool, levels: Any, tops: Any, reach: Int, models: Any,
     """Codes the levels K,h,w of every class but a cell's top one against what neighbours and other classes foretell."""
     classes, height, width = levels.shape
     pitch = (width + 4) * classes
-    values, misses = np.zeros(2 * pitch, np.int32), np.zeros(2 * pitch, np.int32)
+    values, misses, gaps = np.zeros(2 * pitch, np.int32), np.zeros(2 * pitch, np.int32), np.zeros(2 * pitch, np.int32)
     weights, inputs = np.zeros(classes * INPUTS, np.int32), np.zeros(classes + INPUTS, np.int32)
     for i in range(height):
         for j in range(width):
@@ -101,10 +102,12 @@ def code_grades(decoding: bool, levels: Any, tops: Any, reach: Int, models: Any,
             if j == width - 1:
                 at_ne = at_n
             top, east, south = tops[i + 2, j + 2], tops[i + 2, j + 3], tops[i + 3, j + 2]
+            west, north = tops[i + 2, j + 1], tops[i + 1, j + 2]
             count, errors, missed = 0, 0, 0
             for k in range(classes):
                 if k == top:
-                    values[_U(here + k)], misses[_U(here + k)], inputs[_U(k + CLASSES)] = reach, 0, 0
+                    values[_U(here + k)], misses[_U(here + k)], gaps[_U(here + k)] = reach, 0, 0
+                    inputs[_U(k + CLASSES)] = 0
                     if decoding:
                         levels[_U(k), _U(i), _U(j)] = 255
                     continue
@@ -113,8 +116,14 @@ def code_grades(decoding: bool, levels: Any, tops: Any, reach: Int, models: Any,
                 miss = np.int64(misses[_U(at_w + k)]) + np.int64(misses[_U(at_n + k)])
                 plain: Int = 9 * w + 10 * n - 4 * nw + ne
                 p: Int = plain + ((errors * SHARE[_U(count)]) >> 16)
-                p += _learned(w, n, nw, ne, weights, inputs, k)
-                p = min(max(p, 16 * min(w, n) - 48, 0), 16 * max(w, n) + 48, 4080)
+                at = k + CLASSES
+                inputs[_U(at)], inputs[_U(at + 1)] = _bounded(16 * (w - nw)), _bounded(16 * (n - nw))
+                inputs[_U(at + 2)], inputs[_U(at + 3)] = _bounded(16 * (ne - n)), 16
+                inputs[_U(at + 4)], inputs[_U(at + 5)] = gaps[_U(at_w + k)], gaps[_U(at_n + k)]
+                inputs[_U(at + 6)], inputs[_U(at + 7)] = gaps[_U(at_nw + k)], gaps[_U(at_ne + k)]
+                inputs[_U(at + 8)] = 64 * (np.int32(west == k) + np.int32(north == k))
+                p += _learned(weights, inputs, k)
+                p = min(max(p, 16 * min(w, n) - 96, 0), 16 * max(w, n) + 96, 4080)
                 guess, part = (p + 8) >> 4, (p + 8) & 15
                 up, room = part >= 8, min(guess, 255 - guess)
                 rough: Int = min(abs(w - nw) + abs(n - nw) + abs(n - ne) + miss, 31)
@@ -132,7 +141,7 @@ def code_grades(decoding: bool, levels: Any, tops: Any, reach: Int, models: Any,
                     levels[_U(k), _U(i), _U(j)] = level
                 _learn(16 * level - p, weights, inputs, k)
                 error, off = 16 * level - plain, abs(level - guess)
-                values[_U(here + k)], misses[_U(here + k)] = level, off
-                inputs[_U(k + CLASSES)] = min(max(error, -64), 64)
+                values[_U(here + k)], misses[_U(here + k)], gaps[_U(here + k)] = level, off, _bounded(16 * level - p)
+                inputs[_U(at)] = _bounded(error)
                 if count < MOST:
                     count, errors, missed = count + 1, errors + error, missed + off

@@ -353,4 +353,4 @@ SMALL = [
     field(15, 2, 8, 8)[:1] // 2,
     padded(field(16, 3, 3, 4), 16),
 ]
-STREAMS = ["db076e106ee8f92d", "fa2dd28c0d080289", "6a3fedf50596335f", "3ff3b753df635373"]
+STREAMS = ["db076e106ee8f92d", "fa2dd28c0d080289", "6a3fedf50596335f", "cd4fc478ec5d6f66"]

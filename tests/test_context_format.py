@@ -199,11 +199,11 @@ def read_marked(reader: Reader, classes: int, rows: int, columns: int, reach: in
 def read_graded(reader: Reader, classes: int, rows: int, columns: int, reach: int) -> np.ndarray:
     tops = read_tops(reader, classes, rows, columns)
     out = np.zeros((classes, rows, columns), np.uint8)
-    levels, misses, nothing = {}, {}, [0] * classes
-    weights = [[0] * 8 for _ in range(classes)]
+    levels, misses, gaps, nothing = {}, {}, {}, [0] * classes
+    weights = [[0] * 16 for _ in range(classes)]
     for i, j in tops:
         top, near = tops[i, j], around(i, j, columns)
-        cell, miss, errors, done = [0] * classes, [0] * classes, [0] * classes, 0
+        cell, miss, gap, errors, done = [0] * classes, [0] * classes, [0] * classes, [0] * classes, 0
         for k in range(classes):
             if k == top:
                 cell[k] = reach
@@ -211,16 +211,14 @@ def read_graded(reader: Reader, classes: int, rows: int, columns: int, reach: in
             w, n, nw, ne = (levels.get(place, nothing)[k] for place in near)
             mu = sum(misses.get(place, nothing)[k] for place in near[:2])
             plain = 9 * w + 10 * n - 4 * nw + ne
-            x = [errors[k - q] if k >= q else 0 for q in (4, 3, 2, 1)] + [
-                16 * (w - nw),
-                16 * (n - nw),
-                16 * (ne - n),
-                16,
-            ]
+            x = [errors[k - q] if k >= q else 0 for q in range(7, 0, -1)]
+            x += [16 * (w - nw), 16 * (n - nw), 16 * (ne - n), 16]
+            x += [gaps.get(place, nothing)[k] for place in near]
             x = [min(max(value, -64), 64) for value in x]
+            x.append(64 * [tops.get((i, j - 1)), tops.get((i - 1, j))].count(k))
             p = plain + (sum(errors) * (65536 // (done + 1)) >> 16)
-            p += sum(map(mul, weights[k], x)) >> 16
-            p = min(max(p, 16 * min(w, n) - 48, 0), 16 * max(w, n) + 48, 4080)
+            p += sum(map(mul, weights[k], x)) >> 17
+            p = min(max(p, 16 * min(w, n) - 96, 0), 16 * max(w, n) + 96, 4080)
             guess, part = divmod(p + 8, 16)
             rho = min(31, abs(w - nw) + abs(n - nw) + abs(n - ne) + mu)
             rough = sum(bound <= rho for bound in (1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 18, 24))
@@ -235,11 +233,11 @@ def read_graded(reader: Reader, classes: int, rows: int, columns: int, reach: in
             cell[k] = next(choices)
             miss[k] = abs(cell[k] - guess)
             errors[k], done = 16 * cell[k] - plain, done + 1
-            d = min(max(16 * cell[k] - p, -32), 32)
+            d, gap[k] = min(max(16 * cell[k] - p, -32), 32), 16 * cell[k] - p
             weights[k] = [
-                min(max(weight + d * value, -(2**17)), 2**17) for weight, value in zip(weights[k], x, strict=True)
+                min(max(weight + d * value, -(2**18)), 2**18) for weight, value in zip(weights[k], x, strict=True)
             ]
-        levels[i, j], misses[i, j] = cell, miss
+        levels[i, j], misses[i, j], gaps[i, j] = cell, miss, gap
         out[:, i, j] = cell
         out[top, i, j] = 255
     return out
@@ -295,7 +293,8 @@ def read(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     out = np.zeros(shape, np.uint8)
     if mode in (MARKED, GRADED):
         reach = leb128()
-        read_levels, reader = (read_marked, read_graded)[mode - MARKED], Reader(bytes(rest), graded=mode == GRADED)
+        graded = mode == GRADED
+        read_levels, reader = read_graded if graded else read_marked, Reader(bytes(rest), graded=graded)
         out[present, :rows, :columns] = read_levels(reader, count, rows, columns, reach)
     else:
         out[present, :rows, :columns] = read_planes(Reader(bytes(rest)), count, rows, columns)
