@@ -18,7 +18,6 @@ from PIL import Image
 from segkd.cli.main import main
 from segkd.pipeline.ablation.arms import AUXILIARY, effective, resolve_arms
 from segkd.pipeline.ablation.config import LADDER
-from segkd.pipeline.ablation.identity import content_digest
 from segkd.pipeline.ablation.ledger import Images, Ledger, RunRecord, Seen
 from segkd.pipeline.ablation.longer import measure_longer, stage_1_seconds
 from segkd.pipeline.ablation.sweep import plan_sweep
@@ -28,6 +27,7 @@ from segkd.pipeline.models.references import described
 from segkd.pipeline.settings import parse
 from segkd.pipeline.student.inputs import open_inputs
 from segkd.pipeline.teacher.cache import teacher_cache
+from segkd.pipeline.teacher.fingerprints import content_digest
 from segkd.storage.errors import CacheMismatchError, ConfigError, ContaminationError, DataError, RecordError, SegkdError
 
 SETTINGS = ["train.labelled=3", "train.auxiliary=5", "augment.photometric=0.2", "ablate.seeds=[0, 7]"]

@@ -113,6 +113,7 @@ def gains(arms: Mapping[str, Arm], records: Records, config: AblateConfig) -> li
 
 def _row(arm: Arm, records: Records, upper: str) -> Row:
     by_seed = dict(sorted(records[arm.name].items()))
+    in_common = set.intersection(*(set(records.get(name, {})) for name in (arm.name, "alone", upper)))
     runs = list(by_seed.values())
     first = runs[0]
     return Row(
@@ -131,8 +132,8 @@ def _row(arm: Arm, records: Records, upper: str) -> Row:
         damaged=max(run.damaged for run in runs),
         unmatched=arm.unmatched,
         settings=arm.settings,
-        gap_closed=_gap_closed(arm.name, records, upper),
-        gap_seeds=len(_gap_seeds(arm.name, records, upper)),
+        gap_closed=_gap_closed(arm.name, records, upper, sorted(in_common)),
+        gap_seeds=len(in_common),
     )
 
 
@@ -141,19 +142,13 @@ def _mean(values: Sequence[float | None]) -> Mean | None:
     return mean_of(present) if len(present) == len(values) else None
 
 
-def _gap_closed(arm: str, records: Records, upper: str) -> float | None:
-    """``(arm - alone) / (upper - alone)`` of means over the seeds that all three have; None for no gap to close."""
-    seeds = _gap_seeds(arm, records, upper)
+def _gap_closed(arm: str, records: Records, upper: str, seeds: Sequence[int]) -> float | None:
+    """``(arm - alone) / (upper - alone)`` of means over ``seeds``, which all three have; None for no gap to close."""
     scores = [[records[name][seed].report["miou"] for seed in seeds] for name in (arm, "alone", upper) if seeds]
     if not seeds or any(None in of_arm for of_arm in scores):
         return None
     reached, alone, most = map(float, np.mean(scores, 1))
     return (reached - alone) / (most - alone) if most > alone else None
-
-
-def _gap_seeds(arm: str, records: Records, upper: str) -> list[int]:
-    """The seeds that an arm, "alone" and the upper bound have in common."""
-    return sorted(set.intersection(*(set(records.get(name, {})) for name in (arm, "alone", upper))))
 
 
 def _gain(

@@ -20,7 +20,7 @@ from segkd.pipeline.data.contents import Content, read_contents
 from segkd.pipeline.data.sample import DataSource, Role, Sample, with_role
 from segkd.pipeline.models.references import described
 from segkd.pipeline.progress import SILENT, Progress
-from segkd.pipeline.teacher.fingerprints import code_of, content_of, portable
+from segkd.pipeline.teacher.fingerprints import code_of, content_digest, content_of, portable
 from segkd.storage.differences import difference, leaves
 
 THREADS = 2
@@ -84,11 +84,6 @@ def identity_of(
     }
     plain: dict[str, Any] = _finite(json.loads(json.dumps(document)))
     return plain
-
-
-def content_digest(document: Any) -> str:
-    """SHA-256 of a JSON document."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def differences(held: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

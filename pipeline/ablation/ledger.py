@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from segkd.pipeline.ablation.identity import content_digest, differences
+from segkd.pipeline.ablation.identity import differences
 from segkd.pipeline.settings import parse, to_dict
 from segkd.pipeline.student.checkpoint import write_atomically
+from segkd.pipeline.teacher.fingerprints import content_digest
 from segkd.storage.errors import ConfigError, RecordError
 
 FORMAT = "segkd-run-record"

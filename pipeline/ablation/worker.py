@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from segkd.pipeline.ablation.identity import content_digest
 from segkd.pipeline.ablation.ledger import Images, Ledger, RunRecord, Seen
 from segkd.pipeline.config import RunConfig
 from segkd.pipeline.data.readers import open_data
@@ -27,6 +26,7 @@ from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.folder import RunFolder
 from segkd.pipeline.student.runtime import torch_settings
 from segkd.pipeline.student.train import train
+from segkd.pipeline.teacher.fingerprints import content_digest
 from segkd.storage.errors import RecordError, SegkdError
 from segkd.storage.locks import locked
 

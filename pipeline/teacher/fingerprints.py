@@ -30,13 +30,13 @@ def fingerprints(teacher: Predictor, classes: Classes, targets: Iterable[TargetS
     preprocessing = description.pop("preprocessing")
     channels = {name: description.pop(name) for name in ("classes", "class_map")}
     return {
-        "teacher": _digest(description),
+        "teacher": content_digest(description),
         "weights": weights_digest(teacher.network),
         # What a Python file computes, or a frozen program has for weights, no tensor tells.
-        "code": code_digest(code_of(teacher.config.reference)),
-        "preprocessing": _digest(preprocessing),
-        "classes": _digest({"data": classes.names, **channels}),
-        "coding": _digest([target.to_dict() for target in targets]),
+        "code": content_digest(code_of(teacher.config.reference)),
+        "preprocessing": content_digest(preprocessing),
+        "classes": content_digest({"data": classes.names, **channels}),
+        "coding": content_digest([target.to_dict() for target in targets]),
     }
 
 
@@ -54,6 +54,11 @@ def portable(config: NetworkConfig) -> dict[str, Any]:
     return table
 
 
+def content_digest(document: Any) -> str:
+    """SHA-256 of a JSON document."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
 def weights_digest(network: nn.Module) -> str:
     """SHA-256 over every parameter and buffer: name, type, shape and bytes."""
     digest = hashlib.sha256()
@@ -61,11 +66,6 @@ def weights_digest(network: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def code_digest(code: Any) -> str:
-    """SHA-256 of what :func:`code_of` gives."""
-    return _digest(code)
 
 
 def code_of(reference: str) -> Any:
@@ -85,7 +85,3 @@ def content_of(value: Any) -> Any:
 
 def _file_name(reference: str) -> str:
     return reference.replace("\\", "/").rsplit("/", 1)[-1]
-
-
-def _digest(document: Any) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from segkd.pipeline.models.network import NetworkConfig
-from segkd.pipeline.teacher.fingerprints import code_digest, code_of, portable
+from segkd.pipeline.teacher.fingerprints import code_of, content_digest, portable
 from segkd.storage.differences import difference, leaves
 from segkd.storage.errors import CacheMismatchError
 from segkd.storage.spec import CacheSpec
@@ -32,7 +32,7 @@ def require_named_teacher(spec: CacheSpec, teacher: NetworkConfig | None, cache:
     if not differing:
         code = code_of(teacher.reference)
         # Without a digest the file is not here, or there is none.
-        if " sha256:" in code and code_digest(code) != spec.fingerprints["code"]:
+        if " sha256:" in code and content_digest(code) != spec.fingerprints["code"]:
             differing = [f"the content of {teacher.reference}"]
     if differing:
         raise CacheMismatchError(
