@@ -92,6 +92,93 @@ def _root(square: Int) -> Int:
     return min(root, 254)
 
 
+@compiled("void(int64[:,::1], int64, int64, int64[::1], uint8[::1], uint64[::1])", inline=True)
+def _look_ahead(tops: Any, i: Int, j: Int, ahead: Any, boundary: Any, awake: Any) -> None:
+    """Wakes the classes that are top in cells to come, and says how near: 3 in both next ones, 2 in one, 1 beyond."""
+    ahead[0], ahead[1], ahead[2] = tops[i + 2, j + 3], tops[i + 3, j + 2], tops[i + 3, j + 3]
+    ahead[3], ahead[4], ahead[5] = tops[i + 3, j + 1], tops[i + 2, j + 4], tops[i + 4, j + 2]
+    for q in range(5, -1, -1):
+        if ahead[q] >= 0:
+            awake[ahead[q] >> 6] |= _U(1) << _U(ahead[q] & 63)
+            boundary[_U(ahead[q])] = 1 if q > 1 else 2
+    if ahead[0] == ahead[1] and ahead[0] >= 0:
+        boundary[_U(ahead[0])] = 3
+
+
+@compiled("void(int64, int64, int64, int64, uint8[::1], uint64[:,::1])", inline=True)
+def _keep(level: Int, k: Int, here: Int, classes: Int, ring: Any, lit: Any) -> None:
+    """Lets later cells see that class ``k`` has a level here."""
+    ring[here * classes + k] = level
+    lit[here, k >> 6] |= _U(1) << _U(k & 63)
+
+
+@compiled("boolean(uint64[::1], int64)", inline=True)
+def _is_awake(awake: Any, k: Int) -> bool:
+    return bool((awake[k >> 6] >> _U(k & 63)) & _U(1))
+
+
+@compiled(
+    "UniTuple(int64, 3)(boolean, uint8[:,:,::1], int64, int64, int64, uint64[::1], int64, int64, int64, int64,"
+    f" int64, uint8[::1], uint64[:,::1], {STATE})",
+    inline=True,
+)
+def _code_quiet(
+    decoding: bool,
+    levels: Any,
+    i: Int,
+    j: Int,
+    top: Int,
+    awake: Any,
+    seen: Int,
+    count: Int,
+    hits: Int,
+    around: Int,
+    here: Int,
+    ring: Any,
+    lit: Any,
+    models: Any,
+    coder: Any,
+    data: Any,
+) -> tuple[Int, Int, Int]:
+    """Codes the levels of classes that no neighbour wakes: whether any is not 0, then which and what.
+
+    Returns that, and by how much the cell's sums of levels and of their squares grow.
+    """
+    classes = levels.shape[0]
+    left, hit, found, added, squares = classes - 1 - seen, np.int64(0), 0, 0, 0
+    if not left:
+        return hit, added, squares
+    if not decoding:
+        for k in range(classes):
+            if levels[k, i, j] and not _is_awake(awake, k):
+                hit = np.int64(1)
+                break
+    first: Int = QUIET + (min(seen, 7) * 5 + hits) * 3 + min(2, count)
+    second: Int = QUIET + 128 + 4 * min(31, around) + min(3, count)
+    hit = decide(decoding, hit, first, second, models, coder, data)
+    if not hit:
+        return hit, added, squares
+    for k in range(classes):
+        if k == top or _is_awake(awake, k):
+            continue
+        left -= 1
+        level: Int = np.int64(levels[k, i, j])
+        lights: Int = np.int64(1)
+        if found or left:
+            first = QUIET + 256 + 2 * min(k, 127) + (found > 0)
+            second = QUIET + 512 + 2 * min(left, 31) + (found > 0)
+            lights = decide(decoding, np.int64(level > 0), first, second, models, coder, data)
+        if lights:
+            found += 1
+            second = QUIET + 592 + 16 * min(found, 3)
+            level = min(number(decoding, level, 1, QUIET + 576, second, 0, models, coder, data), 254)
+            added, squares = added + level, squares + level * level
+            _keep(level, k, here, classes, ring, lit)
+            if decoding:
+                levels[k, i, j] = level
+    return hit, added, squares
+
+
 @compiled(f"void(boolean, uint8[:,:,::1], int64[:,::1], int64, {STATE})")
 def code_levels(decoding: bool, levels: Any, tops: Any, reach: Int, models: Any, coder: Any, data: Any) -> None:
     """Codes the levels K,h,w of every class but a cell's top one, given the map of tops.
@@ -114,16 +201,9 @@ def code_levels(decoding: bool, levels: Any, tops: Any, reach: Int, models: Any,
             here, n = row + j + 2, north_row + j + 2
             w, nw, ne = here - 1, n - 1, n + 1
             top = tops[i + 2, j + 2]
-            ahead[0], ahead[1], ahead[2] = tops[i + 2, j + 3], tops[i + 3, j + 2], tops[i + 3, j + 3]
-            ahead[3], ahead[4], ahead[5] = tops[i + 3, j + 1], tops[i + 2, j + 4], tops[i + 4, j + 2]
             for q in range(words):
                 awake[q] = lit[w, q] | lit[n, q] | lit[nw, q] | lit[ne, q] | lit[here - 2, q] | lit[far_row + j + 2, q]
-            for q in range(5, -1, -1):
-                if ahead[q] >= 0:
-                    awake[ahead[q] >> 6] |= one << _U(ahead[q] & 63)
-                    boundary[_U(ahead[q])] = 1 if q > 1 else 2
-            if ahead[0] == ahead[1] and ahead[0] >= 0:
-                boundary[_U(ahead[0])] = 3
+            _look_ahead(tops, i, j, ahead, boundary, awake)
             awake[top >> 6] &= ~(one << _U(top & 63))
             if i == 0:
                 n, nw, ne = w, w, w
@@ -163,49 +243,17 @@ def code_levels(decoding: bool, levels: Any, tops: Any, reach: Int, models: Any,
                     if level:
                         level = min(level, 254)
                         count, total, squares = count + 1, total + level, squares + level * level
-                        ring[here * classes + k] = level
-                        lit[here, q] |= one << _U(k & 63)
+                        _keep(level, k, here, classes, ring, lit)
                         if decoding:
                             levels[k, i, j] = level
             for q in range(6):
                 if ahead[q] >= 0:
                     boundary[_U(ahead[q])] = 0
-            left = classes - 1 - seen
-            hit: Int = np.int64(0)
-            if left:
-                if not decoding:
-                    for k in range(classes):
-                        if levels[k, i, j] and not (awake[k >> 6] >> _U(k & 63)) & one:
-                            hit = 1
-                            break
-                first = QUIET + (min(seen, 7) * 5 + hits[w] + hits[n] + hits[nw] + hits[ne]) * 3 + min(2, count)
-                second = QUIET + 128 + 4 * min(31, around) + min(3, count)
-                hit = decide(decoding, hit, first, second, models, coder, data)
-            hits[here] = hit
-            if hit:
-                found = 0
-                for k in range(classes):
-                    if k == top or (awake[k >> 6] >> _U(k & 63)) & one:
-                        continue
-                    left -= 1
-                    level = np.int64(levels[k, i, j])
-                    lights: Int = np.int64(1)
-                    if found or left:
-                        first = QUIET + 256 + 2 * min(k, 127) + (found > 0)
-                        second = QUIET + 512 + 2 * min(left, 31) + (found > 0)
-                        lights = decide(decoding, np.int64(level > 0), first, second, models, coder, data)
-                    if lights:
-                        found += 1
-                        second = QUIET + 592 + 16 * min(found, 3)
-                        level = number(decoding, level, 1, QUIET + 576, second, 0, models, coder, data)
-                        level = min(level, 254)
-                        count, total, squares = count + 1, total + level, squares + level * level
-                        ring[here * classes + k] = level
-                        lit[here, k >> 6] |= one << _U(k & 63)
-                        if decoding:
-                            levels[k, i, j] = level
-            ring[here * classes + top] = _root(reach - squares)
-            lit[here, top >> 6] |= one << _U(top & 63)
-            sums[here] = total
+            near = hits[w] + hits[n] + hits[nw] + hits[ne]
+            hits[here], more, square = _code_quiet(
+                decoding, levels, i, j, top, awake, seen, count, near, around, here, ring, lit, models, coder, data
+            )
+            sums[here] = total + more
+            _keep(_root(reach - squares - square), top, here, classes, ring, lit)
             if decoding:
                 levels[top, i, j] = 255
