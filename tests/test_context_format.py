@@ -203,7 +203,8 @@ def read_graded(reader: Reader, classes: int, rows: int, columns: int, reach: in
     weights = [[0] * 16 for _ in range(classes)]
     for i, j in tops:
         top, near = tops[i, j], around(i, j, columns)
-        cell, miss, gap, errors, done = [0] * classes, [0] * classes, [0] * classes, [0] * classes, 0
+        cell, miss, gap, errors = ([0] * classes for _ in range(4))
+        m = e = s = 0
         for k in range(classes):
             if k == top:
                 cell[k] = reach
@@ -216,23 +217,25 @@ def read_graded(reader: Reader, classes: int, rows: int, columns: int, reach: in
             x += [gaps.get(place, nothing)[k] for place in near]
             x = [min(max(value, -64), 64) for value in x]
             x.append(64 * [tops.get((i, j - 1)), tops.get((i - 1, j))].count(k))
-            p = plain + (sum(errors) * (65536 // (done + 1)) >> 16)
+            p = plain + (e * (65536 // (m + 1)) >> 16)
             p += sum(map(mul, weights[k], x)) >> 17
             p = min(max(p, 16 * min(w, n) - 96, 0), 16 * max(w, n) + 96, 4080)
             guess, part = divmod(p + 8, 16)
             rho = min(31, abs(w - nw) + abs(n - nw) + abs(n - ne) + mu)
             rough = sum(bound <= rho for bound in (1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 18, 24))
             quarter = (part - 8) // 2 if part >= 8 else 3 - part // 2
-            wrong = min(2, 2 * sum(miss) // done) if done else 1
+            wrong = min(2, 2 * s // m) if m else 1
             ahead = int(k in (tops.get((i, j + 1)), tops.get((i + 1, j))))
-            b = (min(guess, 31) * 4 + 2 * ahead + (done > 0)) * 8 + min(7, mu)
+            b = (min(guess, 31) * 4 + 2 * ahead + (m > 0)) * 8 + min(7, mu)
             a, b = ("SLOPE", rough, quarter, wrong), ("NEAR", b >> 7, b >> 4 & 7, b >> 2 & 3, b & 3)
             room, folded = min(guess, 255 - guess), reader.number(a, b, min(7, rho >> 1))
             sign = 1 if part >= 8 else -1
             choices = (v for v in range(255) if folded == grade_fold(v - guess, room, sign))
             cell[k] = next(choices)
             miss[k] = abs(cell[k] - guess)
-            errors[k], done = 16 * cell[k] - plain, done + 1
+            errors[k] = 16 * cell[k] - plain
+            if m < 255:
+                m, e, s = m + 1, e + errors[k], s + miss[k]
             d, gap[k] = min(max(16 * cell[k] - p, -32), 32), 16 * cell[k] - p
             weights[k] = [
                 min(max(weight + d * value, -(2**18)), 2**18) for weight, value in zip(weights[k], x, strict=True)
@@ -330,6 +333,7 @@ def grades(seed: int, shape: tuple[int, int, int]) -> np.ndarray:
         pytest.param(grades(7, (6, 20, 17)), GRADED, id="graded"),
         pytest.param(np.pad(grades(8, (3, 11, 1)), ((0, 2), (0, 3), (0, 2))), GRADED, id="a graded column"),
         pytest.param(np.maximum(patches(9, (5, 9, 9), 250), 1), GRADED, id="rough grades"),
+        pytest.param(grades(10, (300, 2, 3)), GRADED, id="more grades than are averaged"),
         pytest.param(patches(4, (140, 9, 8), 40), MARKED, id="many classes"),
         pytest.param(np.indices((3, 24, 20)).sum(axis=0).astype(np.uint8), PLANES, id="slope"),
         pytest.param(np.where(patches(5, (3, 16, 16), 9) == 255, 250, 3).astype(np.uint8), PLANES, id="two values"),
