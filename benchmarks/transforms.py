@@ -197,7 +197,7 @@ def transformed(image: Image, side: int, power: float, *, fill: bool) -> Row:
     zigzag = sorted(range(side * side), key=lambda band: (band // side + band % side, band))
     bands = codes.flatten(-2)[..., zigzag].numpy().astype(np.int32)
     tops_bytes = tiled(tops.numpy().astype(np.uint8)) if fill else 0
-    size = packed(bands, tile_side((height, width)) // side) + tops_bytes
+    size = packed(bands, -(-tile_side((height, width)) // side)) + tops_bytes
     return {"bytes": size, "entropy": entropy(np.moveaxis(bands, -1, 0)) + tops_bytes, **measured}
 
 

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from segkd.storage.errors import ConfigError
+from segkd.storage.errors import CacheMismatchError, ConfigError
 
 Codes = npt.NDArray[np.uint8]
 
 RAW, PLANES, MARKED, GRADED = 0, 1, 2, 4
+# 3 was GRADED by another rule, before the format was settled: its tiles must not be read by this one.
 TOP_CODE = 255
 MOST_CLASSES = 65_535
 
@@ -80,7 +81,8 @@ def decode(data: bytes | memoryview, shape: tuple[int, int, int], *, stop: int |
     """The array of ``shape`` (classes, h, w) that these bytes were made of.
 
     With ``stop`` only the rows before it need be right; the others are 0 where that saves work.
-    Damaged bytes raise ValueError or give a wrong array; a checksum around them is what tells the two apart.
+    Damaged bytes raise ValueError or give a wrong array; a checksum around them is what tells the two apart. Whole ones
+    of another version of the coder raise CacheMismatchError.
     """
     data = memoryview(data).cast("B")
     if not len(data):
@@ -91,7 +93,10 @@ def decode(data: bytes | memoryview, shape: tuple[int, int, int], *, stop: int |
             raise ValueError(f"{len(data) - 1} bytes cannot be an array of shape {shape}")
         return np.frombuffer(data, np.uint8, offset=1).reshape(shape).copy()
     if mode not in (PLANES, MARKED, GRADED):
-        raise ValueError(f"the context coder has no mode {mode}")
+        raise CacheMismatchError(
+            f"a tile is coded in mode {mode} of the context coder, which this version of segkd does not know; "
+            "read the cache with the version that wrote it, or write it again"
+        )
     rows, at = _read_varint(data, 1)
     columns, at = _read_varint(data, at)
     present, at = _read_classes(data, at, shape[0])

@@ -18,7 +18,9 @@ _U = np.uint64  # unsigned indexes spare the check for negative ones
 ROUGH_BIN = np.searchsorted((1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 18, 24), np.arange(32), side="right").astype(np.int64)
 MOST = 255  # levels of a cell that are averaged
 SHARE = (65_536 // np.arange(1, MOST + 2)).astype(np.int64)
-CLASSES, INPUTS = 7, 16  # what the learned part of a prediction sees: classes before, and they with the neighbours
+CLASSES, AROUND = 7, 9  # what the learned part of a prediction sees: misses of classes before, and what is around
+INPUTS = CLASSES + AROUND
+MOST_SEEN = 64  # of each, in 16ths of a level
 LARGEST = np.int32(1 << 18)  # a weight's
 
 
@@ -58,8 +60,24 @@ def _learn(gap: Int, weights: Any, inputs: Any, k: Int) -> None:
 
 
 @compiled("int32(int64)", inline=True)
-def _bounded(difference: Int) -> Int:
-    return np.int32(min(max(difference, -64), 64))
+def _seen(difference: Int) -> Int:
+    """A difference in 16ths of a level as weights see it."""
+    return np.int32(min(max(difference, -MOST_SEEN), MOST_SEEN))
+
+
+@compiled("void(int64, int64, int64, int64, int32, int32, int32, int32, int64, int32[::1], int64)", inline=True)
+def _look_around(
+    w: Int, n: Int, nw: Int, ne: Int, gap_w: Int, gap_n: Int, gap_nw: Int, gap_ne: Int, won: Int, inputs: Any, at: Int
+) -> None:
+    """Fills in, from ``at`` on, the neighbours' differences and misses, and of how many of two it is the top."""
+    inputs[_U(at)], inputs[_U(at + 1)], inputs[_U(at + 2)] = (
+        _seen(16 * (w - nw)),
+        _seen(16 * (n - nw)),
+        _seen(16 * (ne - n)),
+    )
+    inputs[_U(at + 3)] = 16
+    inputs[_U(at + 4)], inputs[_U(at + 5)], inputs[_U(at + 6)], inputs[_U(at + 7)] = gap_w, gap_n, gap_nw, gap_ne
+    inputs[_U(at + 8)] = MOST_SEEN * won
 
 
 @compiled("int64(int64, boolean, int64)", inline=True)
@@ -116,12 +134,10 @@ def code_grades(decoding: bool, levels: Any, tops: Any, reach: Int, models: Any,
                 miss = np.int64(misses[_U(at_w + k)]) + np.int64(misses[_U(at_n + k)])
                 plain: Int = 9 * w + 10 * n - 4 * nw + ne
                 p: Int = plain + ((errors * SHARE[_U(count)]) >> 16)
-                at = k + CLASSES
-                inputs[_U(at)], inputs[_U(at + 1)] = _bounded(16 * (w - nw)), _bounded(16 * (n - nw))
-                inputs[_U(at + 2)], inputs[_U(at + 3)] = _bounded(16 * (ne - n)), 16
-                inputs[_U(at + 4)], inputs[_U(at + 5)] = gaps[_U(at_w + k)], gaps[_U(at_n + k)]
-                inputs[_U(at + 6)], inputs[_U(at + 7)] = gaps[_U(at_nw + k)], gaps[_U(at_ne + k)]
-                inputs[_U(at + 8)] = 64 * (np.int32(west == k) + np.int32(north == k))
+                at, won = k + CLASSES, np.int64(west == k) + np.int64(north == k)
+                seen_w, seen_n = gaps[_U(at_w + k)], gaps[_U(at_n + k)]
+                seen_nw, seen_ne = gaps[_U(at_nw + k)], gaps[_U(at_ne + k)]
+                _look_around(w, n, nw, ne, seen_w, seen_n, seen_nw, seen_ne, won, inputs, at)
                 p += _learned(weights, inputs, k)
                 p = min(max(p, 16 * min(w, n) - 96, 0), 16 * max(w, n) + 96, 4080)
                 guess, part = (p + 8) >> 4, (p + 8) & 15
@@ -139,9 +155,9 @@ def code_grades(decoding: bool, levels: Any, tops: Any, reach: Int, models: Any,
                 if decoding:
                     level = _unfold(folded, guess, up, room)
                     levels[_U(k), _U(i), _U(j)] = level
-                _learn(16 * level - p, weights, inputs, k)
-                error, off = 16 * level - plain, abs(level - guess)
-                values[_U(here + k)], misses[_U(here + k)], gaps[_U(here + k)] = level, off, _bounded(16 * level - p)
-                inputs[_U(at)] = _bounded(error)
+                gap, error, off = 16 * level - p, 16 * level - plain, abs(level - guess)
+                _learn(gap, weights, inputs, k)
+                values[_U(here + k)], misses[_U(here + k)], gaps[_U(here + k)] = level, off, _seen(gap)
+                inputs[_U(at)] = _seen(error)
                 if count < MOST:
                     count, errors, missed = count + 1, errors + error, missed + off

@@ -250,10 +250,10 @@ def code_levels(decoding: bool, levels: Any, tops: Any, reach: Int, models: Any,
                 if ahead[q] >= 0:
                     boundary[_U(ahead[q])] = 0
             near = hits[w] + hits[n] + hits[nw] + hits[ne]
-            hits[here], more, square = _code_quiet(
+            hits[here], more, squares_more = _code_quiet(
                 decoding, levels, i, j, top, awake, seen, count, near, around, here, ring, lit, models, coder, data
             )
             sums[here] = total + more
-            _keep(_root(reach - squares - square), top, here, classes, ring, lit)
+            _keep(_root(reach - squares - squares_more), top, here, classes, ring, lit)
             if decoding:
                 levels[top, i, j] = 255

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segkd.storage.chunks import CHECKSUM, decode_chunk, require, unwrap
-from segkd.storage.errors import AFTER_DAMAGE, CacheDamagedError
+from segkd.storage.errors import AFTER_DAMAGE, CacheDamagedError, CacheMismatchError
 from segkd.storage.packing import EMPTY
 from segkd.storage.watch import SealWatch
 
@@ -153,7 +153,8 @@ class ShardReader:
 
         ``stops`` has, by number, the row from which on a tile's codes need not be right.
         Raises CacheDamagedError for a shard or a tile that is lost or not as it was written, CacheChangedError for a
-        shard of another version than that of the array's watch, ConfigError where the codec lacks its compiler.
+        shard of another version than that of the array's watch, CacheMismatchError for a tile that another version of
+        segkd has coded, ConfigError where the codec lacks its compiler.
         """
         require(array.codec)  # Here, because a compiler that is not installed is no damage.
         shards: dict[int, list[int]] = {}
@@ -163,6 +164,8 @@ class ShardReader:
             path = array.shard(group[0])
             try:
                 yield from self._tiles_of(path, array, {number: stops[number] for number in group})
+            except CacheMismatchError:  # a ValueError, but not of damage
+                raise
             except (OSError, ValueError) as error:
                 raise damaged(path, error) from error
 
@@ -219,6 +222,8 @@ class ShardReader:
                 part = content[offset - begin : offset - begin + length]
                 try:
                     yield number, decode_chunk(part, array.shape, array.dtype, array.codec, stop=stops[number])
+                except CacheMismatchError:
+                    raise
                 except ValueError as error:
                     raise ValueError(f"tile {number % array.shard_tiles}: {error}") from error
 

@@ -322,6 +322,12 @@ def grades(seed: int, shape: tuple[int, int, int]) -> np.ndarray:
     return np.where(top, 255, codes + 1).astype(np.uint8)
 
 
+def chequered(shape: tuple[int, int, int]) -> np.ndarray:
+    """Marked cells whose other levels are 1 and 254 by turns: predictions, weights and guesses meet their limits."""
+    k, i, j = np.indices(shape)
+    return np.where(k == (i // 4 + j // 7) % shape[0], 255, np.where((i + j) % 2, 1, 254)).astype(np.uint8)
+
+
 @pytest.mark.parametrize(
     ("codes", "mode"),
     [
@@ -333,6 +339,7 @@ def grades(seed: int, shape: tuple[int, int, int]) -> np.ndarray:
         pytest.param(grades(7, (6, 20, 17)), GRADED, id="graded"),
         pytest.param(np.pad(grades(8, (3, 11, 1)), ((0, 2), (0, 3), (0, 2))), GRADED, id="a graded column"),
         pytest.param(np.maximum(patches(9, (5, 9, 9), 250), 1), GRADED, id="rough grades"),
+        pytest.param(chequered((3, 20, 20)), GRADED, id="as rough as can be"),
         pytest.param(grades(10, (300, 2, 3)), GRADED, id="more grades than are averaged"),
         pytest.param(patches(4, (140, 9, 8), 40), MARKED, id="many classes"),
         pytest.param(np.indices((3, 24, 20)).sum(axis=0).astype(np.uint8), PLANES, id="slope"),

@@ -20,7 +20,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from segkd.storage import shards
 from segkd.storage.chunks import decode_chunk, unwrap
-from segkd.storage.errors import CacheDamagedError
+from segkd.storage.errors import CacheDamagedError, CacheMismatchError
 from segkd.storage.shards import ShardReader, TileArray
 
 SHARD_TILES, SHARDS, LOST = 6, 4, (8, 15)
@@ -72,7 +72,11 @@ def with_index(array: TileArray, tile: int, change: Any) -> None:
     length = 16 * array.shard_tiles + 4
     index = np.frombuffer(content[-length:-4], "<u8").reshape(-1, 2).copy()
     change(index)
-    file.write_bytes(content[:-length] + index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little"))
+    file.write_bytes(content[:-length] + with_checksum(index.tobytes()))
+
+
+def with_checksum(content: bytes) -> bytes:
+    return content + google_crc32c.value(content).to_bytes(4, "little")
 
 
 def present() -> list[int]:
@@ -303,3 +307,12 @@ def test_a_pickled_reader_has_nothing_open(written: tuple[TileArray, Any]) -> No
     assert not again._files._values
     assert not again._indexes._values
     assert list(read(again, written[0], [0])) == [0]
+
+
+def test_a_whole_tile_of_another_coder_is_no_damage(tmp_path: Path) -> None:
+    array = TileArray(folder=str(tmp_path), shard_tiles=1, shape=(3, 8, 8), dtype=np.dtype("u1"), codec="context")
+    tile = with_checksum(b"\x03\x01\x01")
+    Path(array.shard(0)).write_bytes(tile + with_checksum(np.array([0, len(tile)], "<u8").tobytes()))
+    with pytest.raises(CacheMismatchError, match="coded in mode 3 of the context coder, which this version") as caught:
+        read(ShardReader(), array, [0])
+    assert not isinstance(caught.value, CacheDamagedError)
