@@ -3,8 +3,8 @@
     python benchmarks/predictions.py --config configs/camvid-s.toml --output docs/results/camvid-s.png \
         teacher=runs/camvid-teacher/last.safetensors alone=runs/camvid-s-8000/alone/seed-1/last.safetensors
 
-A row a sample, evenly spread; a column a network, with the share of the labelled pixels that it gets wrong. Images and
-labels are not shown, so that the picture may be passed on where they may not.
+A row a sample, evenly spread; a column a network, with the share of the labelled pixels that it gets wrong. Neither
+images nor labels are shown.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ import torch
 
 from segkd.pipeline.config import load
 from segkd.pipeline.data.readers import open_data
-from segkd.pipeline.data.sample import DataSource, Role, Sample, with_role
+from segkd.pipeline.data.sample import IGNORE, DataSource, Role, Sample, with_role
 from segkd.pipeline.device import find_device
 from segkd.pipeline.evaluation.evaluate import checkpoint_predictor
-from segkd.pipeline.evaluation.pictures import Picture, colourise, difference, sheet
+from segkd.pipeline.evaluation.pictures import Picture, colourise, sheet
 from segkd.pipeline.evaluation.pixels import label_map
 from segkd.pipeline.models.predictor import Predictor
 
 
-def tile(source: DataSource, sample: Sample, name: str, predictor: Predictor) -> tuple[str, Picture]:
+def picture_of(source: DataSource, sample: Sample, name: str, predictor: Predictor) -> tuple[str, Picture]:
     """A network's classes of one image, and what it is called."""
     image = source.image(sample)
     log_probs, mapping = predictor.predict([image], [sample.id])
     predicted = label_map(log_probs, mapping, *image.shape[:2]).cpu().numpy()
-    _, wrong = difference(image, source.labels(sample), predicted)
+    labels = source.labels(sample)
+    wrong = 100 * (labels != predicted)[labels != IGNORE].mean()
     return f"{name}, {wrong:.1f} % wrong", colourise(predicted, source.classes.palette)
 
 
@@ -43,12 +44,15 @@ def main() -> None:
     torch.set_num_threads(1)
     source = open_data(load(arguments.config).data)
     report = with_role(source, Role.REPORT)
-    chosen = [report[k * len(report) // arguments.samples] for k in range(arguments.samples)]
+    count = min(arguments.samples, len(report))
+    chosen = [report[k * len(report) // count] for k in range(count)]
     predictors = []
     for network in arguments.networks:
-        name, _, checkpoint = network.partition("=")
+        name, given, checkpoint = network.partition("=")
+        if not given:
+            parser.error(f"{network}: expected NAME=CHECKPOINT")
         predictors.append((name, checkpoint_predictor(checkpoint, source.classes, device=find_device("cpu"))[0]))
-    rows = [[tile(source, sample, name, predictor) for name, predictor in predictors] for sample in chosen]
+    rows = [[picture_of(source, sample, name, predictor) for name, predictor in predictors] for sample in chosen]
     classes = source.classes
     sheet(rows, list(zip(classes.names, classes.palette, strict=True))).save(arguments.output)
     print(f"{arguments.output}: {', '.join(sample.id for sample in chosen)}")
