@@ -1,7 +1,8 @@
 """What several networks make of the same samples of role report, side by side, as one picture.
 
     python benchmarks/predictions.py --config configs/camvid-s.toml --output docs/results/camvid-s.png \
-        teacher=runs/camvid-teacher/last.safetensors alone=runs/camvid-s-8000/alone/seed-1/last.safetensors
+        teacher=runs/camvid-teacher/last.safetensors alone=runs/camvid-s/alone-longer/seed-0/last.safetensors \
+        auxiliary-zero=runs/camvid-s-8000/auxiliary-zero/seed-0/last.safetensors
 
 A row a sample, evenly spread; a column a network, with the share of the labelled pixels that it gets wrong. Neither
 images nor labels are shown.
