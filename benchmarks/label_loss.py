@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segkd.pipeline.data.sample import IGNORE
+from segkd.pipeline.memory import keep_freed_memory
 from segkd.pipeline.resample import to_pixels
 from segkd.pipeline.student.label_loss import summed_cross_entropy
 from segkd.storage.geometry import Mapping, network_axis
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as every command does
     rows: list[dict[str, Any]] = []
     for shape in SHAPES:
         with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from segkd.pipeline.config import load
 from segkd.pipeline.evaluation.speed import synchronise
+from segkd.pipeline.memory import keep_freed_memory
 from segkd.pipeline.models.preprocessing import prepare
 from segkd.pipeline.teacher.opened import Opened, open_run
 from segkd.pipeline.teacher.trial import Trials, spread
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as every command does
     opened = open_run(load(arguments.config, () if arguments.config else SCENES))
     found = measure(opened, arguments.images, arguments.rounds)
     if arguments.json:

@@ -23,6 +23,7 @@ from segkd.cli.plan import plan
 from segkd.cli.predict import predict
 from segkd.cli.teacher_cache import teacher_cache
 from segkd.cli.train_student import train_student
+from segkd.pipeline.memory import keep_freed_memory
 from segkd.storage.errors import SegkdError
 
 _REMEDIES = {
@@ -42,6 +43,7 @@ class Main(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs a command."""
         set_up_logging(0)
+        keep_freed_memory()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:

@@ -1,0 +1,30 @@
+"""How a process that computes on a CPU deals with freed memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Parameters of mallopt(3), as glibc's ``malloc.h`` numbers them."""
+_FOR_CHILDREN = {"MALLOC_TRIM_THRESHOLD_": str(2**62), "MALLOC_MMAP_MAX_": "0"}
+"""The same for processes that this one starts."""
+
+
+def keep_freed_memory() -> None:
+    """Lets this process, and those that it starts, keep what they free for what they allocate next.
+
+    glibc gives large blocks back to the system as soon as they are free. A network frees and allocates the same blocks
+    in every step, and each of their pages then costs a page fault and is filled with zeros by the kernel: a third to
+    half of the time of a forward pass, see ``benchmarks/allocation.py``. The process keeps the size of its peak. What
+    the environment says already stays; C libraries other than glibc are left as they are.
+    """
+    if not sys.platform.startswith("linux") or _FOR_CHILDREN.keys() & os.environ.keys():
+        return
+    # musl has no mallopt. Where another allocator is preloaded, this changes one that nobody uses.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, -1)
+        mallopt(_M_MMAP_MAX, 0)
+        os.environ |= _FOR_CHILDREN
