@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from segkd.pipeline.data.sources import View
 from segkd.pipeline.evidence import Evidence
 from segkd.pipeline.models.predictor import Precision
+from segkd.pipeline.sizes import parse_bytes
 from segkd.pipeline.student.batch_norm import BatchNormMode
 from segkd.storage.errors import ConfigError
 
@@ -86,6 +87,9 @@ class TrainConfig:
     them; they are listed in metrics.jsonl."""
     workers: int = 0
     """Processes that prepare batches; 0 prepares them in the training process."""
+    keep_decoded: str = "256MB"
+    """Most that the decoded images and label maps take which each process that prepares batches keeps for later epochs;
+    "0" keeps none. What it saves is the share of the images for which there is room."""
     threads: int = 0
     """Threads that torch computes with on the CPU; 0 leaves the number alone."""
     device: str = "auto"
@@ -109,6 +113,10 @@ class TrainConfig:
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be at least {low}")
+        try:
+            _ = self.kept_bytes
+        except ConfigError as error:
+            raise ConfigError(f'train.keep_decoded: {error}, or "0"') from None
         if self.seed >= 2**64:
             raise ConfigError(f"train.seed is {self.seed}; it must be less than 2^64")
         for name in ("backbone_rate", "weight_decay", "power", "clip"):
@@ -137,6 +145,11 @@ class TrainConfig:
             raise ConfigError(f"train.warmup is {self.warmup}, train.steps {self.steps}; the warm-up must be shorter")
         if isinstance(self.class_weights, tuple):
             self._check_class_weights(self.class_weights)
+
+    @property
+    def kept_bytes(self) -> int:
+        """``keep_decoded`` as a number."""
+        return 0 if self.keep_decoded == "0" else parse_bytes(self.keep_decoded)
 
     def _check_finite(self, name: str, low: float, high: float, expected: str) -> None:
         value = getattr(self, name)

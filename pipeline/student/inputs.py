@@ -15,6 +15,7 @@ from segkd.pipeline.config import RunConfig
 from segkd.pipeline.data.batch import Sources
 from segkd.pipeline.data.contamination import find_twins, require_apart
 from segkd.pipeline.data.contents import read_contents
+from segkd.pipeline.data.kept import KeptSource
 from segkd.pipeline.data.readers import open_data
 from segkd.pipeline.data.sample import IGNORE, LEARNED, SCORED, DataSource, Role, Sample, with_role
 from segkd.pipeline.data.sources import Looks
@@ -92,7 +93,8 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool, progre
         seed=train.seed,
         on_damage=train.on_damage,
     )
-    stream = TrainStream(source, teacher, objective.targets, config, run.augment, student.preprocessing)
+    kept = KeptSource(source, train.kept_bytes)
+    stream = TrainStream(kept, teacher, objective.targets, config, run.augment, student.preprocessing)
     seen = _compare(run, source, stream.samples, select, progress)
     return Inputs(
         source=source,

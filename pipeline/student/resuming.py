@@ -18,6 +18,7 @@ HARMLESS = (
     "cache",
     "data.root",
     "train.workers",
+    "train.keep_decoded",
     "train.threads",
     "train.device",
     "train.log_every",
