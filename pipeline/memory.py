@@ -16,8 +16,8 @@ def keep_freed_memory() -> None:
     """Lets this process, and those that it starts, keep what they free for what they allocate next.
 
     glibc gives large blocks back to the system as soon as they are free. A network frees and allocates the same blocks
-    in every step, and each of their pages then costs a page fault and is filled with zeros by the kernel: a third to
-    half of the time of a forward pass, see ``benchmarks/allocation.py``. The process keeps the size of its peak. What
+    in every step, and each of their pages then costs a page fault and is filled with zeros by the kernel: up to half of
+    the time of a forward pass, see ``benchmarks/allocation.py``. The process keeps the size of its peak. What
     the environment says already stays; C libraries other than glibc are left as they are.
     """
     if not sys.platform.startswith("linux") or _FOR_CHILDREN.keys() & os.environ.keys():
