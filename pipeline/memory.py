@@ -20,7 +20,8 @@ def keep_freed_memory() -> None:
     the time of a forward pass, see ``benchmarks/allocation.py``. The process keeps the size of its peak. What
     the environment says already stays; C libraries other than glibc are left as they are.
     """
-    if not sys.platform.startswith("linux") or _FOR_CHILDREN.keys() & os.environ.keys():
+    said = any(name.startswith(("MALLOC_MMAP_", "MALLOC_TRIM_")) for name in os.environ)
+    if said or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or not sys.platform.startswith("linux"):
         return
     # musl has no mallopt. Where another allocator is preloaded, this changes one that nobody uses.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -57,8 +57,17 @@ def test_processes_that_are_started_keep_theirs_too(given_back: int) -> None:
     assert faults_of(IN_A_CHILD) < given_back / 10
 
 
-def test_what_the_environment_says_stays(given_back: int) -> None:
-    assert faults_of(KEEP + COUNT, MALLOC_MMAP_MAX_="65536") > given_back / 2
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MALLOC_MMAP_MAX_", "65536"),
+        ("MALLOC_MMAP_THRESHOLD_", "1000000"),
+        ("MALLOC_TRIM_THRESHOLD_", "1000000"),
+        ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=1000000"),
+    ],
+)
+def test_what_the_environment_says_stays(given_back: int, name: str, value: str) -> None:
+    assert faults_of(KEEP + COUNT, **{name: value}) > given_back / 2
 
 
 def test_other_systems_and_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
