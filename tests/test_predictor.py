@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,6 +68,7 @@ def test_padding_reaches_the_multiple_and_holds_what_was_asked(pad: str) -> None
     assert torch.equal(corner, torch.zeros(3) if pad == "mean" else plain[:, -1, -1])
 
 
+@example(2, 2, None, 0.5, 32)  # a single pixel
 @given(
     st.integers(1, 90),
     st.integers(1, 90),

@@ -46,7 +46,8 @@ def prepare(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Tenso
     """The network's input for ``image``; :func:`placement` says where its pixels lie."""
     height, width = preprocessing.resize or preprocessing.scaled(*image.shape[:2])
     image = resized(image, (height, width))
-    tensor = normalise(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), preprocessing)
+    # A copy in any case: torch takes no array that cannot be written to.
+    tensor = normalise(torch.from_numpy(image.transpose(2, 0, 1).copy()), preprocessing)
     bottom, right = -height % preprocessing.multiple_of, -width % preprocessing.multiple_of
     if bottom or right:
         mode = "replicate" if preprocessing.pad == "edge" else "constant"
