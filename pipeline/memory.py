@@ -17,8 +17,12 @@ def keep_freed_memory() -> None:
 
     glibc gives large blocks back to the system as soon as they are free. A network frees and allocates the same blocks
     in every step, and each of their pages then costs a page fault and is filled with zeros by the kernel: up to half of
-    the time of a forward pass, see ``benchmarks/allocation.py``. The process keeps the size of its peak. What
-    the environment says already stays; C libraries other than glibc are left as they are.
+    the time of a forward pass, see ``benchmarks/allocation.py``. The process keeps its peak until it ends, and blocks
+    of ever other sizes leave gaps that raise the peak. Other threads than the main one seem to gain nothing for blocks
+    of more than 64 MiB.
+
+    Nothing is done where the environment sets MALLOC_MMAP_*, MALLOC_TRIM_* or a tunable of ``glibc.malloc``, and with C
+    libraries other than glibc.
     """
     said = any(name.startswith(("MALLOC_MMAP_", "MALLOC_TRIM_")) for name in os.environ)
     if said or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or not sys.platform.startswith("linux"):

@@ -6,6 +6,7 @@ import pickle
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -81,6 +82,42 @@ def test_values_are_the_sources_own_and_cannot_be_changed() -> None:
         np.testing.assert_array_equal(kept.labels(sample), source.labels(sample))
     with pytest.raises(ValueError, match="read-only"):
         kept.image(sample)[0, 0] = 0
+
+
+class Hiding(Counting):
+    """Names pixels that show nothing of the scene, as a view of something larger."""
+
+    def excluded(self, sample: Sample) -> npt.NDArray[np.bool_]:
+        self.read.append(("excluded", sample.id))
+        return np.broadcast_to(np.arange(SIZE[1]) > 30, SIZE)
+
+
+@pytest.mark.parametrize("source", [Counting(), Hiding()])
+def test_excluded_pixels_are_asked_for_once_too(source: Counting) -> None:
+    kept, sample = KeptSource(source, 10 * IMAGE), source.samples[0]
+    for _ in range(3):
+        expected, found = type(source)().excluded(sample), kept.excluded(sample)
+        if expected is None:
+            assert found is None
+        else:
+            assert found is not None
+            assert found.dtype == np.bool_
+            np.testing.assert_array_equal(found, expected)
+    assert len(source.read) == (1 if isinstance(source, Hiding) else 0)
+
+
+def test_what_is_kept_of_a_view_does_not_change_with_it() -> None:
+    buffer = np.zeros((*SIZE, 6), np.uint8)
+
+    class Views(Counting):
+        def image(self, sample: Sample) -> Pixels:  # noqa: ARG002 - as the protocol has it
+            return buffer[..., :3]
+
+    kept = KeptSource(Views(), 10 * IMAGE)
+    kept.image(kept.samples[0])
+    buffer[:] = 9
+    assert not kept.image(kept.samples[0]).any()
+    assert buffer.flags.writeable
 
 
 def test_a_copy_for_another_process_carries_no_pixels() -> None:

@@ -70,14 +70,21 @@ def test_what_the_environment_says_stays(given_back: int, name: str, value: str)
     assert faults_of(KEEP + COUNT, **{name: value}) > given_back / 2
 
 
-def test_other_systems_and_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Musl:
-        """Without mallopt."""
+@pytest.mark.parametrize(("platform", "library"), [("linux", object()), ("darwin", None)])
+def test_other_systems_and_c_libraries_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, platform: str, library: object
+) -> None:
+    """A C library without mallopt, as musl is; on another system none is even looked for."""
+    for name in memory._FOR_CHILDREN:  # which an earlier command in this process may have set
+        monkeypatch.delenv(name, raising=False)
 
+    def load(_: object) -> object:
+        assert library is not None, "the C library of another system was opened"
+        return library
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", load)
+    monkeypatch.setattr(memory.sys, "platform", platform)
     before = dict(os.environ)
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: Musl())
-    memory.keep_freed_memory()
-    monkeypatch.setattr(memory.sys, "platform", "darwin")
     memory.keep_freed_memory()
     assert dict(os.environ) == before
 

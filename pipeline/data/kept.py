@@ -18,7 +18,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class KeptSource:
-    """``source``, of which a process keeps decoded images and label maps up to ``limit`` bytes together.
+    """``source``, of which a process keeps decoded images, label maps and excluded pixels up to ``limit`` bytes.
 
     What was kept is kept for good: samples come in a new order every epoch, so that whatever is dropped for a new one
     is as likely to be asked for as that. A copy in another process keeps its own. Kept arrays cannot be written to.
@@ -56,13 +56,21 @@ class KeptSource:
         return self._once("labels", sample, self._source.labels)
 
     def excluded(self, sample: Sample) -> npt.NDArray[np.bool_] | None:
-        return self._source.excluded(sample)
+        excluded = self._once("excluded", sample, self._excluded)
+        return excluded.view(np.bool_) if excluded.size else None
+
+    def _excluded(self, sample: Sample) -> Pixels:
+        """The source's own as bytes; nothing for None, which is remembered too."""
+        excluded = self._source.excluded(sample)
+        return np.empty((0, 0), np.uint8) if excluded is None else excluded.astype(np.uint8)
 
     def _once(self, what: str, sample: Sample, read: Callable[[Sample], Pixels]) -> Pixels:
         key = what, sample.id
         pixels = self._kept.get(key)
         if pixels is None:
             pixels = read(sample)
+            if pixels.base is not None:  # a view may change, or hold on to more than its own bytes
+                pixels = pixels.copy()
             if pixels.nbytes <= self._room:
                 pixels.flags.writeable = False
                 self._kept[key] = pixels
