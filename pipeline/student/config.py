@@ -88,8 +88,8 @@ class TrainConfig:
     workers: int = 0
     """Processes that prepare batches; 0 prepares them in the training process."""
     keep_decoded: str = "256MB"
-    """Most that the decoded images and label maps take which each process that prepares batches keeps for later epochs;
-    "0" keeps none. What it saves is the share of the images for which there is room."""
+    """Memory for decoded images and label maps, which are kept for later epochs: of each process that prepares batches.
+    "0" keeps none. If only a third of them fits, a third of the decoding is saved."""
     threads: int = 0
     """Threads that torch computes with on the CPU; 0 leaves the number alone."""
     device: str = "auto"
