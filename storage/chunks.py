@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numcodecs.zstd import decompress
 
-from segkd.storage import context
+from segkd.storage import context, prediction
 from segkd.storage.errors import CacheMismatchError
 
 CHECKSUM = 4
@@ -80,6 +80,16 @@ def _zstd(
     return np.frombuffer(plain, dtype.newbyteorder("<")).reshape(shape)
 
 
+def _residuals(
+    body: bytes,
+    shape: tuple[int, ...],
+    dtype: np.dtype[np.generic],  # noqa: ARG001  # values are int16 alone
+    stop: int | None,
+) -> npt.NDArray[np.generic]:
+    kept: npt.NDArray[np.int8] = _zstd(body, shape, np.dtype(np.int8), None).view(np.int8)
+    return prediction.restored(kept, stop)
+
+
 def _context(
     body: bytes,
     shape: tuple[int, ...],
@@ -90,5 +100,5 @@ def _context(
     return context.decode(body, (classes, height, width), stop=stop)
 
 
-DECODERS: dict[str, Decoder] = {"zstd": _zstd, "context": _context}
+DECODERS: dict[str, Decoder] = {"zstd": _zstd, "residuals": _residuals, "context": _context}
 """How the bytes of each codec that a specification may name become an array of a shape and type."""

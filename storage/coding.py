@@ -19,6 +19,7 @@ import numpy as np
 from segkd.storage.coding_distribution import TOP, CompandedDistribution
 from segkd.storage.coding_exact import EXACT, Array, ExactDistribution, from_float16, to_float16
 from segkd.storage.coding_maps import SOFTMAX_REACH, Raw, UniformSteps
+from segkd.storage.coding_predicted import PredictedDistribution
 from segkd.storage.errors import CacheMismatchError
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Coder",
     "CompandedDistribution",
     "ExactDistribution",
+    "PredictedDistribution",
     "Raw",
     "UniformSteps",
     "coder_from_dict",
@@ -63,7 +65,9 @@ class Coder(Protocol):
         ...
 
 
-CODERS: dict[str, Any] = {coder.kind: coder for coder in (CompandedDistribution, ExactDistribution, UniformSteps, Raw)}
+CODERS: dict[str, Any] = {
+    coder.kind: coder for coder in (CompandedDistribution, PredictedDistribution, ExactDistribution, UniformSteps, Raw)
+}
 
 
 def coder_to_dict(coder: Coder) -> dict[str, Any]:

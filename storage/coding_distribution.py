@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from array_api_compat import array_namespace, device
 
-from segkd.storage.coding_exact import Array, from_float16, require_log_probabilities
+from segkd.storage.coding_exact import Array, from_float16, looked_up, require_log_probabilities
 from segkd.storage.errors import ConfigError
 
 TOP = 255
@@ -121,7 +121,7 @@ class CompandedDistribution:
         if xp.isdtype(codes_SChw.dtype, "real floating"):
             return from_float16(codes_SChw)
         place, (samples, classes) = device(codes_SChw), codes_SChw.shape[:2]
-        logs = _looked_up(xp.asarray(self._logs, device=place), xp.astype(rungs_S, xp.int64))
+        logs = looked_up(xp.asarray(self._logs, device=place), xp.astype(rungs_S, xp.int64))
         known = xp.exp(logs + xp.asarray(_KNOWN, device=place))
         # How many times its floor each zero of a cell holds, by how many of the cell's codes are not 0.
         times = np.minimum(np.arange(classes + 1, dtype=np.int32), MOST_COUNTED)
@@ -131,20 +131,20 @@ class CompandedDistribution:
             xp.astype(codes_SChw, xp.bool), axis=1, keepdims=True, dtype=xp.uint8 if classes <= 255 else xp.int32
         )
         counted = xp.astype(counted, xp.int32)
-        times = _looked_up(xp.asarray(times, device=place), counted)
+        times = looked_up(xp.asarray(times, device=place), counted)
         floors = xp.exp(logs[:, :1])[:, :, None, None] * xp.astype(times, xp.float32)
         index, sample = xp.astype(codes_SChw, xp.int32), 0
         if samples > 1:
             sample = 256 * xp.arange(samples, dtype=xp.int32, device=place)[:, None, None, None]
             index += sample
-        each = _looked_up(xp.reshape(known, (-1,)), index)
+        each = looked_up(xp.reshape(known, (-1,)), index)
         others = xp.sum(each, axis=1, keepdims=True) + floors * xp.astype(classes - counted, xp.float32)
         kept = xp.maximum(1 - others, _AHEAD * xp.maximum(xp.max(each, axis=1, keepdims=True), floors))
         # Now each sample's table has a row for each of these numbers.
         logs = xp.reshape(logs[:, None, :] + xp.asarray(_TIMES, device=place), (-1,))
         index += 256 * times + MOST_COUNTED * sample
         # The argmax's is the largest, and its code stands for more than that: the lesser of two is what a class has.
-        decoded = xp.minimum(_looked_up(logs, index), xp.log(kept))
+        decoded = xp.minimum(looked_up(logs, index), xp.log(kept))
         decoded -= xp.log(others + kept)
         return decoded
 
@@ -196,17 +196,6 @@ class CompandedDistribution:
         logs = np.clip(logs / self.exponent, -1e4, 0)
         logs[:, TOP] = 1
         return logs.astype(np.float32)
-
-
-def _looked_up(table: Array, index: Array) -> Array:
-    """Rows of a table by their numbers in it, or single values by an index of any shape; no index may be outside.
-
-    The array API's ``take`` first replaces negative indexes for torch, which takes twice as long as the rest.
-    """
-    if hasattr(table, "index_select"):
-        rows = table.index_select(0, index.reshape(-1))
-        return rows if table.ndim > 1 else rows.reshape(index.shape)
-    return table.take(index, axis=0, mode="clip")  # the quickest way, as there is nothing to clip
 
 
 def _beside(xp: Any, present_SChw: Array) -> Array:

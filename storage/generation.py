@@ -22,7 +22,7 @@ from zarr.storage import MemoryStore
 from segkd.storage.errors import CacheError, CacheExistsError
 from segkd.storage.fields import Fields
 from segkd.storage.layout import Plan
-from segkd.storage.packing import zarr_codecs
+from segkd.storage.packing import stored_dtype, zarr_codecs
 from segkd.storage.publish import CLOSED, COMMITS, SEAL, read_document, read_signed, record_name
 from segkd.storage.spec import CacheSpec, PlanSpec
 from segkd.storage.table import as_bytes, directory_of, packed_ids, row_dtype
@@ -208,7 +208,9 @@ def generation_documents(spec: CacheSpec, plan: Plan, number: int, removed: Sequ
             shape=(numbers.shards * numbers.shard_tiles, channels, tile, tile),
             shards=(numbers.shard_tiles, channels, tile, tile),
             chunks=(1, channels, tile, tile),
-            dtype=np.dtype(np.float16) if exact else spec.targets[target].coder.dtype,
+            dtype=np.dtype(np.float16)
+            if exact
+            else stored_dtype(spec.targets[target].coder.dtype, spec.targets[target].codec),
             fill_value=0,
             chunk_key_encoding=CHUNK_KEYS,
             dimension_names=("tile", "channel", "cell_y", "cell_x"),

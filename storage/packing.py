@@ -18,7 +18,7 @@ import numpy.typing as npt
 from numcodecs.zstd import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from segkd.storage import context
+from segkd.storage import context, prediction
 from segkd.storage.context_codec import ContextCodec
 from segkd.storage.errors import ConfigError
 from segkd.storage.layout import tile_shape
@@ -40,6 +40,11 @@ def zarr_codecs(codec: str) -> dict[str, Any]:
     return {"compressors": (ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()), "filters": None}
 
 
+def stored_dtype(dtype: np.dtype[Any], codec: str) -> np.dtype[Any]:
+    """What codes of a type stand in their Zarr array as."""
+    return np.dtype(np.int8) if codec == "residuals" else dtype
+
+
 def encode_chunk(chunk: npt.NDArray[np.generic], codec: str = "zstd") -> bytes:
     """A chunk's bytes: what the codec makes of it, and a crc32c of that. :mod:`segkd.storage.chunks` reads them."""
     return _checksummed(ENCODERS[codec](chunk))
@@ -50,7 +55,15 @@ def _zstd(chunk: npt.NDArray[np.generic]) -> bytes:
     return bytes(Zstd(ZSTD_LEVEL).encode(plain.tobytes()))
 
 
-ENCODERS: dict[str, Callable[[npt.NDArray[Any]], bytes]] = {"zstd": _zstd, "context": context.encode}
+def _residuals(chunk: npt.NDArray[np.int16]) -> bytes:
+    return _zstd(prediction.residuals(chunk))
+
+
+ENCODERS: dict[str, Callable[[npt.NDArray[Any]], bytes]] = {
+    "zstd": _zstd,
+    "residuals": _residuals,
+    "context": context.encode,
+}
 """How an array becomes bytes, by each codec that a specification may name."""
 
 
@@ -69,7 +82,8 @@ def pack_shards(
         for first, codes in samples
         for number in range(int(np.prod(tile_shape((codes.shape[1], codes.shape[2]), tile))))
     ]
-    encoded = executor.map(lambda job: encode_chunk(cut_tile(job[1], job[2], tile, dtype), codec), jobs)
+    beyond = prediction.BEYOND if codec == "residuals" else 0
+    encoded = executor.map(lambda job: encode_chunk(cut_tile(job[1], job[2], tile, dtype, beyond), codec), jobs)
     shards: dict[int, dict[int, bytes]] = {}
     for (place, *_), content in zip(jobs, encoded, strict=True):
         shard, number = divmod(place, shard_tiles)
@@ -79,13 +93,13 @@ def pack_shards(
 
 
 def cut_tile(
-    codes: npt.NDArray[np.generic], number: int, tile: int, dtype: np.dtype[np.generic]
+    codes: npt.NDArray[np.generic], number: int, tile: int, dtype: np.dtype[np.generic], beyond: int = 0
 ) -> npt.NDArray[np.generic]:
-    """One of the tiles that codes channels,h,w are cut into, row by row; zero beyond the grid."""
+    """One of the tiles that codes channels,h,w are cut into, row by row, with ``beyond`` where the grid has ended."""
     channels, height, width = codes.shape
     row, column = divmod(number, tile_shape((height, width), tile)[1])
     part = codes[:, row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
-    cut = np.zeros((channels, tile, tile), dtype)
+    cut = np.full((channels, tile, tile), beyond, dtype)
     cut[:, : part.shape[1], : part.shape[2]] = part
     return cut
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from segkd.storage.coding import Coder, coder_from_dict, coder_to_dict
+from segkd.storage.coding import Coder, CompandedDistribution, PredictedDistribution, coder_from_dict, coder_to_dict
 from segkd.storage.differences import differing
 from segkd.storage.errors import AFTER_DAMAGE, CacheMismatchError, ConfigError
 from segkd.storage.fields import MANY, Fields
@@ -26,6 +26,18 @@ UNSEEN = ("weights", "code")
 """The fingerprints of what no description tells."""
 TOLD = 5
 """Differences that a message names one by one."""
+
+
+def require_codec(name: str, coder: Coder, codec: str) -> None:
+    """Raises ConfigError for a codec that does not take what the coder of the target ``name`` gives."""
+    if codec == "context" and coder.dtype != np.uint8:
+        raise ConfigError(f"{name} is kept in {coder.dtype}, and the codec 'context' takes uint8 alone; choose 'zstd'")
+    predicted = isinstance(coder, PredictedDistribution)
+    if codec == "residuals" if not predicted else codec in ("zstd", "context"):
+        raise ConfigError(
+            f"{name} is kept by {coder.kind} with the codec {codec!r}, but 'residuals' goes with "
+            f"{PredictedDistribution.kind} and with nothing else; choose these two together"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +58,12 @@ class TargetSpec:
     fallback: bool = False
     """Whether samples that no rung serves are kept in float16, in an array ``<name>_exact`` of their own."""
     codec: str = "zstd"
-    """How a tile's codes become bytes: ``zstd``, or ``context`` for codes of one byte each."""
+    """How a tile's codes become bytes: ``zstd``, ``residuals`` for values of
+    :class:`~segkd.storage.coding.PredictedDistribution`, or ``context`` for codes of one byte each.
+    """
 
     def __post_init__(self) -> None:
-        if self.codec == "context" and self.coder.dtype != np.uint8:
-            raise ConfigError(
-                f"{self.name} is kept in {self.coder.dtype}, and the codec 'context' takes uint8 alone; choose 'zstd'"
-            )
+        require_codec(self.name, self.coder, self.codec)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON keeps it."""
@@ -80,6 +91,11 @@ class TargetSpec:
         measures, bounded = fields.strings("measures"), fields.strings("bounded")
         if not {*bounded} <= {*measures}:
             raise fields.wrong("bounded", list(bounded), f"some of the measures {', '.join(measures)}")
+        codec = fields.text("codec")
+        try:
+            require_codec(fields.name("name"), kept, codec)
+        except ConfigError as error:
+            raise fields.wrong("codec", codec, f"one that goes with the coder: {error}") from error
         return cls(
             name=fields.name("name"),
             channels=fields.whole("channels", 1, SIDE),
@@ -89,7 +105,7 @@ class TargetSpec:
             bounded=bounded,
             parameters=fields.table("parameters"),
             fallback=fields.flag("fallback"),
-            codec=fields.text("codec"),
+            codec=codec,
         )
 
 
@@ -148,6 +164,14 @@ class CacheSpec:
     teacher: Mapping[str, Any]
     """The teacher's description and numerical precision, to tell what differs; nothing is ever loaded from here."""
 
+    def __post_init__(self) -> None:
+        for target in self.targets.values():
+            if isinstance(target.coder, PredictedDistribution) and target.coder.side != self.tile:
+                raise ConfigError(
+                    f"{target.name} is foretold within {target.coder.side} cells and kept in tiles of {self.tile}; "
+                    "give its coder the side of the tiles"
+                )
+
     @property
     def cell_bytes(self) -> int:
         """Bytes of a cell's codes, over all targets."""
@@ -177,10 +201,14 @@ class CacheSpec:
         names = [target.name for target in targets]
         if not names or len({*names}) < len(names):
             raise fields.wrong("targets", names, "one at least, each of another name")
+        tile = fields.whole("tile", 1, SIDE)
+        for target in targets:
+            if isinstance(target.coder, PredictedDistribution) and target.coder.side != tile:
+                raise fields.wrong("tile", tile, f"{target.coder.side}, within which {target.name} is foretold")
         return cls(
             classes=fields.strings("classes"),
             targets={target.name: target for target in targets},
-            tile=fields.whole("tile", 1, SIDE),
+            tile=tile,
             fingerprints=fields.texts("fingerprints"),
             teacher=fields.table("teacher"),
         )
@@ -222,6 +250,9 @@ def _stated(spec: CacheSpec, other: CacheSpec) -> dict[str, Any]:
         if name in other.targets:
             stated = ("bound", "parameters", "codec", "fallback", "channels")
             document[name] = {key: target[key] for key in stated} | {"coder": target["coder"]["kind"]}
+            # Which of two coders it is follows from the temperatures, which are among the parameters.
+            if target["codec"] == "residuals":
+                document[name] |= {"codec": "zstd", "coder": CompandedDistribution.kind}
     return document
 
 

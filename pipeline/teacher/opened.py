@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from segkd.pipeline.config import RunConfig
@@ -69,12 +69,13 @@ def open_run(run: RunConfig) -> Opened:
         run.the_teacher(), data.classes.names, device=find_device(config.device), precision=config.precision
     )
     planned = plan_samples(data, samples, predictor, threads=config.decoders)
+    # What a cache was begun with stays, whatever its list has become.
+    config = replace(config, tile=config.tile or tile_of(Path(config.path), usual_tile(planned)))
     targets = target_specs(config, len(data.classes))
     spec = CacheSpec(
         classes=data.classes.names,
         targets=targets,
-        # What a cache was begun with stays, whatever its list has become.
-        tile=config.tile or tile_of(Path(config.path), usual_tile(planned)),
+        tile=config.tile,
         fingerprints=fingerprints(predictor, data.classes, targets.values()),
         teacher=kept_description(predictor),
     )

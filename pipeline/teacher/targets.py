@@ -19,8 +19,10 @@ from segkd.pipeline.first_order import EPSILON, Features, features_of, first_ord
 from segkd.pipeline.resample import pixel_tiles
 from segkd.pipeline.teacher.config import CacheConfig
 from segkd.storage.coding import (
+    Coder,
     CompandedDistribution,
     ExactDistribution,
+    PredictedDistribution,
     UniformSteps,
 )
 from segkd.storage.errors import NonFiniteError
@@ -29,6 +31,10 @@ from segkd.storage.spec import TargetSpec
 
 LOWEST = -100.0
 """What -inf is measured as: e^-100 is nothing, and unlike -inf it can be multiplied by 0."""
+Laddered = CompandedDistribution | PredictedDistribution
+"""Coders whose rungs are levels, times floors of each."""
+USUAL_TILE = 64
+"""The side of a tile where none was chosen yet."""
 LOGITS_BOUND = 0.25
 """Absolute error of the first-order map of the logits, whose values are mostly between 1 and 30."""
 
@@ -77,20 +83,18 @@ class SoftTargets(Target):
     """Zero-order knowledge: the teacher's class distribution in each cell."""
 
     def spec(self, config: CacheConfig, classes: int) -> TargetSpec:
-        exact = config.profile == "exact"
+        coder, codec = _coder_and_codec(config, classes)
         bounded = tuple(_named(name, t) for t in config.temperatures for name in ("kl_cells", "kl_pixels"))
         return TargetSpec(
             name="soft",
             channels=classes,
-            coder=ExactDistribution()
-            if exact
-            else CompandedDistribution.for_bound(config.max_kl, classes, config.temperatures),
+            coder=coder,
             bound=config.max_kl,
             measures=(*bounded, "changed_pixels", "entropy", "confidence"),
             bounded=bounded,
             parameters={"temperatures": list(config.temperatures)},
-            fallback=not exact and config.beyond == "exact",
-            codec="context" if config.profile == "dense" else "zstd",
+            fallback=config.profile != "exact" and config.beyond == "exact",
+            codec=codec,
         )
 
     def values(self, output: Output) -> Tensor:
@@ -99,8 +103,9 @@ class SoftTargets(Target):
     def rungs(self, spec: TargetSpec, values: Tensor) -> Tensor:
         """The coarsest level whose KL over the cells keeps the bound, found with three or four attempts."""
         coder = spec.coder
-        if not isinstance(coder, CompandedDistribution):
+        if isinstance(coder, ExactDistribution):
             return super().rungs(spec, values)
+        assert isinstance(coder, Laddered)
         fails = torch.full((len(values),), -1, device=values.device)
         keeps = torch.full_like(fails, len(coder.levels))
         level, rungs = torch.full_like(fails, len(coder.levels) // 2), torch.zeros_like(fails)
@@ -125,8 +130,9 @@ class SoftTargets(Target):
 
     def finer(self, spec: TargetSpec, rungs: Tensor, excess: Tensor) -> Tensor:
         coder = spec.coder
-        if not isinstance(coder, CompandedDistribution):
+        if isinstance(coder, ExactDistribution):
             return rungs
+        assert isinstance(coder, Laddered)
         step, floors = _levels_for(excess, coder).clamp_min(1), len(coder.floors)
         level, last = rungs // floors, len(coder.levels) - 1
         # The last one may lie far beyond the one before, which is tried first.
@@ -162,6 +168,17 @@ class SoftTargets(Target):
         }
 
 
+def _coder_and_codec(config: CacheConfig, classes: int) -> tuple[Coder, str]:
+    """How distributions are kept, by the profile and by whether a temperature above 1 makes all classes count."""
+    if config.profile == "exact":
+        return ExactDistribution(), "zstd"
+    if config.profile == "plain" and max(config.temperatures) > 1:
+        coder = PredictedDistribution.for_bound(config.max_kl, classes, config.temperatures, config.tile or USUAL_TILE)
+        return coder, "residuals"
+    companded = CompandedDistribution.for_bound(config.max_kl, classes, config.temperatures)
+    return companded, "context" if config.profile == "dense" else "zstd"
+
+
 def _changed(teacher_NChw: Tensor, kept_NChw: Tensor) -> Tensor:
     """Where the teacher's most probable class is not the kept one's, N,h,w; of several alike, any will do.
 
@@ -189,7 +206,7 @@ def _precision(spec: TargetSpec) -> torch.dtype:
     return torch.float32 if 300 * 2.0**-24 * spec.channels <= spec.bound else torch.float64
 
 
-def _levels_for(excess: Tensor, coder: CompandedDistribution) -> Tensor:
+def _levels_for(excess: Tensor, coder: Laddered) -> Tensor:
     """How many levels finer to go for an error that is ``excess`` times too large: it falls with the square of them."""
     ratio = coder.levels[min(1, len(coder.levels) - 1)] / coder.levels[0]
     steps = excess.clamp_min(1e-9).log() / (2 * math.log(max(ratio, 1.001)))
