@@ -65,7 +65,7 @@ def targets_of(images: list[Image]) -> Iterator[tuple[str, list[Codes]]]:
         ("soft, T=1,4", "soft", (1.0, 4.0)),
         ("first-order map", "first_order", (1.0,)),
     ):
-        config = CacheConfig(temperatures=temperatures)
+        config = CacheConfig(temperatures=temperatures, profile="dense")
         codes = []
         for image in images:
             specs = {

@@ -42,7 +42,8 @@ from segkd.storage.context import decode as context_decode
 from segkd.storage.context import encode as context_encode
 from segkd.storage.geometry import Mapping
 from segkd.storage.layout import PlannedSample, usual_tile
-from segkd.storage.packing import ZSTD_LEVEL
+from segkd.storage.packing import ZSTD_LEVEL, cut_tile, encode_chunk
+from segkd.storage.prediction import BEYOND
 
 TUNED = 6
 """Every so-manieth report image served to choose the coder's constants."""
@@ -92,14 +93,34 @@ def tiled(codes: Codes, pack: Callable[[Codes], int] = zstd) -> int:
 
 
 def ours(config: CacheConfig, what: str, *, limit: bool = False) -> Keep:
+    """The profile ``dense``, and ``plain`` as well where that keeps the same codes."""
+
     def keep(image: Image) -> Kept:
         target, spec = TARGETS["soft"](), TARGETS["soft"]().spec(config, image.log_probs.shape[1])
         coded, decoded = code(target, spec, image.output, ["sample"])
         codes = coded.codes[0].numpy()
-        sizes = {f"plain {what}": tiled(codes), f"dense {what}": tiled(codes, context)}
+        sizes = {} if max(config.temperatures) > 1 else {f"plain {what}": tiled(codes)}
+        sizes[f"dense {what}"] = tiled(codes, context)
         if limit:
             sizes[f"{LIMIT} of the codes {what}"] = slowest(codes)
         return sizes, decoded
+
+    return keep
+
+
+def foretold(config: CacheConfig, what: str) -> Keep:
+    """The profile ``plain`` for temperatures above 1."""
+
+    def keep(image: Image) -> Kept:
+        side = tile_side(image.mapping.shape)
+        spec = SoftTargets().spec(dataclasses.replace(config, tile=side), image.log_probs.shape[1])
+        coded, decoded = code(SoftTargets(), spec, image.output, ["sample"])
+        codes = coded.codes[0].numpy()
+        if codes.dtype != np.int16:  # a sample that no rung serves
+            return {f"plain {what}": tiled(codes)}, decoded
+        count = len(list(tiles(codes)))
+        cut = (cut_tile(codes, number, side, codes.dtype, BEYOND) for number in range(count))
+        return {f"plain {what}": sum(len(encode_chunk(tile, spec.codec)) for tile in cut)}, decoded
 
     return keep
 
@@ -202,7 +223,10 @@ METHODS: tuple[Keep, ...] = (
     distillkit(5, 2, None, 6),
     exact,
     ours(CacheConfig(), "T=1", limit=True),
-    ours(CacheConfig(temperatures=(1.0, 4.0)), "T=1,4", limit=True),
+    foretold(CacheConfig(temperatures=(1.0, 4.0)), "T=1,4"),
+    ours(CacheConfig(temperatures=(1.0, 4.0), profile="dense"), "T=1,4", limit=True),
+    foretold(CacheConfig(temperatures=(2.0,)), "T=2"),
+    ours(CacheConfig(temperatures=(2.0,), profile="dense"), "T=2"),
     *(ours(CacheConfig(max_kl=bound), f"T=1 at {bound:g}") for bound in BOUNDS),
 )
 

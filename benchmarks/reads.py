@@ -2,8 +2,9 @@
 
     python benchmarks/reads.py [--cache cache.zarr] [--json]
 
-Without a cache: two generated ones, smooth random fields of classes through the coder and the writer, once with the
-codec of the profile `plain` and once with that of `dense`. The readers take turns on the same windows in the same
+Without a cache: three generated ones, smooth random fields of classes through the coder and the writer, of the profiles
+`plain` and `dense` for T = 1 and of `plain` for T = 1 and 4. Of the last zarr-python reads what the values are restored
+from, and does not restore them. The readers take turns on the same windows in the same
 process, on one core, after each has read every shard; a window is 64x64 cells at a random place of a random sample.
 `loader` is what a torch DataLoader with 1, 2 and 4 workers delivers of them, samples looked up by their ids.
 """
@@ -31,7 +32,9 @@ import torch
 import zarr
 from torch.utils.data import DataLoader, Dataset
 
-from segkd.storage.coding import EXACT, CompandedDistribution
+from segkd.pipeline.teacher.config import CacheConfig
+from segkd.pipeline.teacher.targets import SoftTargets
+from segkd.storage.coding import EXACT
 from segkd.storage.geometry import Mapping, network_axis
 from segkd.storage.layout import PlannedSample, plan_units, tile_shape, usual_tile
 from segkd.storage.reader import CacheReader, WindowRequest
@@ -59,19 +62,8 @@ class Measurement:
     how: str
 
 
-def generate(path: Path, codec: str, *, classes: int, grid: tuple[int, int], samples: int) -> None:
-    """A cache of smooth random class fields, each sample on the coarsest level that keeps the bound."""
-    coder = CompandedDistribution.for_bound(BOUND, classes)
-    soft = TargetSpec(
-        name="soft",
-        channels=classes,
-        coder=coder,
-        bound=BOUND,
-        measures=("kl",),
-        bounded=("kl",),
-        parameters={"temperatures": [1.0]},
-        codec=codec,
-    )
+def generate(path: Path, config: CacheConfig, *, classes: int, grid: tuple[int, int], samples: int) -> None:
+    """A cache of smooth random class fields, each sample on the coarsest level that keeps the bound over its cells."""
     names = tuple(f"class-{number}" for number in range(classes))
     size = 4 * grid[0], 4 * grid[1]
     mapping = Mapping(network_axis(size[0], grid[0]), network_axis(size[1], grid[1]))
@@ -80,29 +72,26 @@ def generate(path: Path, codec: str, *, classes: int, grid: tuple[int, int], sam
         for number in range(samples)
     ]
     tile = usual_tile(planned)
+    soft = SoftTargets().spec(dataclasses.replace(config, tile=tile), classes)
     spec = CacheSpec(classes=names, targets={"soft": soft}, tile=tile, fingerprints={}, teacher={})
     writer = CacheWriter(path, spec, plan_units(planned, unit_samples=32, tile=tile))
     for unit in writer.pending():
-        writer.write(unit, [_coded(coder, sample.id, classes, grid) for sample in writer.plan.of(unit)])
+        writer.write(unit, [_coded(soft, sample.id, classes, grid) for sample in writer.plan.of(unit)])
     writer.seal()
 
 
-def _coded(coder: CompandedDistribution, name: str, classes: int, grid: tuple[int, int]) -> CodedSample:
+def _coded(soft: TargetSpec, name: str, classes: int, grid: tuple[int, int]) -> CodedSample:
     rng = np.random.default_rng([*name.encode()])
     logits = rng.standard_normal((1, classes, *grid))
     frequencies = np.hypot(*np.meshgrid(np.fft.fftfreq(grid[0]), np.fft.rfftfreq(grid[1]), indexing="ij"))
     logits = np.fft.irfft2(np.fft.rfft2(logits) * np.exp(-((frequencies * 22) ** 2)), grid)
     logits *= 9 / logits.std()
-    log_probs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
-    for level in range(len(coder.levels)):
-        rungs = np.array([len(coder.floors) * level + len(coder.floors) // 2])
-        codes = coder.encode(log_probs, rungs)
-        kl = float((np.exp(log_probs) * (log_probs - coder.decode(codes, rungs))).sum(axis=1).mean())
-        if kl <= BOUND:
-            break
-    measures = {"soft": {"kl": max(kl, 0.0)}}
+    log_probs = torch.from_numpy(logits).log_softmax(1).float()
+    rungs = SoftTargets().rungs(soft, log_probs)
+    codes = soft.coder.encode(log_probs, rungs)
+    measures = {"soft": dict.fromkeys(soft.measures, 0.0)}
     return CodedSample(
-        image_digest=bytes(16), codes={"soft": codes[0]}, rungs={"soft": int(rungs[0])}, measures=measures
+        image_digest=bytes(16), codes={"soft": codes[0].numpy()}, rungs={"soft": int(rungs[0])}, measures=measures
     )
 
 
@@ -131,7 +120,7 @@ def readers(reader: CacheReader) -> Iterator[tuple[str, Read]]:
     yield "segkd, float32 log-probabilities, numpy", in_numpy
     yield "segkd, float32 log-probabilities, torch", in_torch
     yield f"zarr-python {zarr.__version__}, codes", _by_slices(reader, _zarr_array)
-    if importlib.util.find_spec("tensorstore") and reader.spec.targets["soft"].codec == "zstd":
+    if importlib.util.find_spec("tensorstore") and reader.spec.targets["soft"].codec != "context":
         yield "tensorstore, codes", _by_slices(reader, _tensorstore_array)
 
 
@@ -233,12 +222,16 @@ def all_caches(arguments: argparse.Namespace) -> Iterator[Measurement]:
         yield from measure(Path(arguments.cache).name, Path(arguments.cache), arguments.windows)
         return
     with tempfile.TemporaryDirectory() as folder:
-        profiles = {"plain": "zstd", "dense": "context"}
-        for name, codec in profiles.items():
-            if codec == "context" and not importlib.util.find_spec("numba"):
+        configs = {
+            "plain": CacheConfig(max_kl=BOUND),
+            "dense": CacheConfig(max_kl=BOUND, profile="dense"),
+            "T=1,4": CacheConfig(max_kl=BOUND, temperatures=(1.0, 4.0)),
+        }
+        for name, config in configs.items():
+            if config.profile == "dense" and not importlib.util.find_spec("numba"):
                 continue
             path = Path(folder) / f"{name}.zarr"
-            generate(path, codec, classes=arguments.classes, grid=tuple(arguments.grid), samples=arguments.samples)
+            generate(path, config, classes=arguments.classes, grid=tuple(arguments.grid), samples=arguments.samples)
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / arguments.samples
             how = f"{arguments.classes}x{arguments.grid[0]}x{arguments.grid[1]} cells, {arguments.samples} samples"
             yield Measurement(name, "generated", size, None, "bytes/sample", how)

@@ -1,4 +1,4 @@
-"""What other packings of plain's codes, and transform coding, would make of a teacher's outputs at T = 1 and 4.
+"""What other packings of dense's codes, and transform coding, would make of a teacher's outputs at T = 1 and 4.
 
     OMP_NUM_THREADS=1 python benchmarks/transforms.py [--config configs/camvid.toml] [--images 12] [--json]
 
@@ -111,7 +111,7 @@ def two_to_a_byte(tile: Codes) -> int:
 
 
 def packings(image: Image) -> Iterator[tuple[str, Row]]:
-    """Other bytes for the codes of ``plain``."""
+    """The codes of ``dense`` in other bytes."""
     coder = CompandedDistribution.for_bound(BOUND, image.log_probs.shape[1], TEMPERATURES)
     rungs = torch.zeros(1, dtype=torch.int64)
 
@@ -122,7 +122,7 @@ def packings(image: Image) -> Iterator[tuple[str, Row]]:
 
     found, measured = coarsest(attempt, image, 1 / coder.levels[-1], 1 / coder.levels[0])
     codes = found[0].numpy()
-    yield "plain's codes", {"bytes": tiled(codes), "entropy": entropy(codes), **measured}
+    yield "codes and zstd", {"bytes": tiled(codes), "entropy": entropy(codes), **measured}
     for name, median in (("column differences", False), ("MED residuals", True)):
         size = sum(zstd(residuals(tile, median=median)) + CHECKSUM for tile in tiles(codes))
         yield name, {"bytes": size, "entropy": entropy(residuals(codes, median=median)), **measured}

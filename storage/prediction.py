@@ -1,9 +1,9 @@
 """Values foretold from their neighbours, coarse grids before fine ones: what is kept is how far off that was.
 
 Every cell of a tile but the first lies halfway between cells of a grid that is twice as coarse: between two of a
-column, two of a row, or four. They are foretold in this order, each from the neighbours that are known by then; one
-outside the tile is taken to be like the one on the other side. It is integer arithmetic, alike on every machine, in a
-few passes over whole planes rather than from cell to cell.
+column, between two of a row, or in the middle of four, between which there are then four cells of the other two kinds.
+They are foretold in this order, by the mean of the two, two and four; one outside the tile is taken to be like the one
+on the other side. It is integer arithmetic, alike on every machine, in a few passes over whole planes.
 
 Shapes: values …,t,t of tiles, with any leading axes.
 """
@@ -22,7 +22,7 @@ from segkd.storage.coding_exact import Array
 UNIT = 32
 """Parts of a level that values are counted in, for a mean of levels is hardly a level."""
 LARGEST = (1 << 13) - 1
-"""The largest value, and the largest that is foretold: four of them fit 16 bits."""
+"""The largest value: four of them fit 16 bits."""
 ARGMAX = -1
 """The value of a cell's argmax, whose probability is what the others leave."""
 BEYOND = -2
@@ -50,58 +50,43 @@ def _grid(xp: Any, settle: Settle, start: Array, side: int, stride: int, rows: i
     columns = -(-side // stride)
     if columns == 1:
         return settle(start, slice(0, 1), slice(0, 1))
-    odd = columns // 2
-    even = columns - odd
-    # How many rows of each group the wanted ones need: the last group's need those of the groups before.
-    upper, lower = (rows + 1) // 2, rows // 2
-    right_rows = min(even, lower + 1)
-    below_rows = min(odd, right_rows)
-    known_rows = min(even, below_rows + 1)
+    even, odd = (columns + 1) // 2, columns // 2
+    # How many rows of each kind the wanted ones need: a row between two needs both.
+    odd_rows = rows // 2
+    even_rows = min(even, odd_rows + 1)
 
-    def settled(foretold: Array, row: int, column: int) -> Array:
-        lines = slice(row * stride, 2 * stride * foretold.shape[-2], 2 * stride)
-        return settle(foretold, lines, slice(column * stride, None, 2 * stride))
+    def settled(total: Array, shift: int, row: int, column: int) -> Array:
+        total += shift  # half of the divisor
+        total >>= shift
+        lines = slice(row * stride, 2 * stride * total.shape[-2], 2 * stride)
+        return settle(total, lines, slice(column * stride, None, 2 * stride))
 
-    known = _grid(xp, settle, start, side, 2 * stride, known_rows)
-    grid = _reflected(xp, _reflected(xp, known, -2, below_rows + 1), -1, odd + 1)
-    below = settled(_half(grid[..., :-1, :even] + grid[..., 1:, :even]), 1, 0)
-    level = grid[..., :-1] + grid[..., 1:]
-    beside = _reflected(xp, below, -1, odd + 1)
-    beside = beside[..., :-1] + beside[..., 1:]
-    around = xp.concat([beside[..., :1, :], beside, beside[..., -1:, :]], axis=-2)
-    around = _quarter(around[..., :right_rows, :] + around[..., 1 : right_rows + 1, :])
-    right = settled(_quarter(3 * ((level[..., :right_rows, :] + 1) >> 1) + around), 0, 1)
-    around = _reflected(xp, right, -2, lower + 1)
-    nearest = _quarter(beside[..., :lower, :] + around[..., :-1, :] + around[..., 1:, :])
-    corners = _quarter(level[..., :lower, :] + level[..., 1 : lower + 1, :])
-    middle = settled((nearest + ((nearest - corners) >> 1)).clip(0, LARGEST), 1, 1)
+    known = _grid(xp, settle, start, side, 2 * stride, even_rows)
+    lines = _lengthened(xp, known, -2, odd_rows + 1)
+    below = settled(lines[..., :-1, :] + lines[..., 1:, :], 1, 1, 0)
+    lines = _lengthened(xp, known, -1, odd + 1)
+    beside = settled(lines[..., :-1] + lines[..., 1:], 1, 0, 1)
+    lines = _lengthened(xp, below, -1, odd + 1)
+    total = lines[..., :-1] + lines[..., 1:]
+    lines = _lengthened(xp, beside, -2, odd_rows + 1)
+    total += lines[..., :-1, :]
+    total += lines[..., 1:, :]
+    middle = settled(total, 2, 1, 1)
 
     found = xp.empty((*start.shape[:-2], rows, columns), dtype=middle.dtype, device=device(start))
-    found[..., ::2, ::2] = known[..., :upper, :]
-    found[..., 1::2, ::2] = below[..., :lower, :]
-    found[..., ::2, 1::2] = right[..., :upper, :]
+    found[..., ::2, ::2] = known[..., : rows - odd_rows, :]
+    found[..., 1::2, ::2] = below
+    found[..., ::2, 1::2] = beside[..., : rows - odd_rows, :]
     found[..., 1::2, 1::2] = middle
     return found
 
 
-def _reflected(xp: Any, values: Array, axis: int, length: int) -> Array:
+def _lengthened(xp: Any, values: Array, axis: int, length: int) -> Array:
     """With the last row or column once more where there are fewer than ``length``: it is the one on the other side."""
     if values.shape[axis] == length:
         return values
     last = values[..., -1:, :] if axis == -2 else values[..., -1:]
     return xp.concat([values, last], axis=axis)
-
-
-def _half(total: Array) -> Array:
-    total += 1
-    total >>= 1
-    return total
-
-
-def _quarter(total: Array) -> Array:
-    total += 2
-    total >>= 2
-    return total
 
 
 def residuals(values: npt.NDArray[np.int16]) -> npt.NDArray[np.int8]:
@@ -141,11 +126,12 @@ def restored(kept: npt.NDArray[np.int8], rows: int | None = None) -> npt.NDArray
 
     start = np.zeros((len(kept), 1, 1), np.int16)
     values: npt.NDArray[np.int16] = coarse_to_fine(settle, start, side, rows)
-    # The argmax of a cell is marked at the last row, up to the cell's own, that has a mark in its column.
+    # A cell has the argmax of the last mark in its column, down to its own row.
     planes, cells = np.divmod(marks, side * side)
-    marked, plane_of = np.zeros((2, side * side), np.int64)
-    marked[cells], plane_of[cells] = cells // side, planes
-    marked = np.maximum.accumulate(marked.reshape(side, side)[:rows], axis=0)
-    plane = plane_of[marked * side + np.arange(side)].reshape(-1)
-    values.reshape(len(values), -1)[plane, np.arange(rows * side)] = ARGMAX
+    last, plane_of = np.zeros((2, side * side), np.intp)
+    last[cells], plane_of[cells] = cells, planes
+    argmax = plane_of.take(np.maximum.accumulate(last.reshape(side, side)[:rows], axis=0).reshape(-1))
+    argmax *= rows * side
+    argmax += np.arange(rows * side)
+    values.reshape(-1)[argmax] = ARGMAX
     return values
