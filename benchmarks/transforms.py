@@ -40,8 +40,10 @@ from torch.nn import functional as F
 from segkd.pipeline.config import load
 from segkd.pipeline.teacher.config import CacheConfig
 from segkd.pipeline.teacher.targets import SoftTargets, kl_divergence
+from segkd.storage import prediction
 from segkd.storage.chunks import CHECKSUM
-from segkd.storage.coding import TOP, CompandedDistribution
+from segkd.storage.coding import TOP, CompandedDistribution, PredictedDistribution
+from segkd.storage.packing import cut_tile, encode_chunk
 
 BOUND, TEMPERATURES, AIM = 1e-3, (1.0, 4.0), 7
 ZERO, BEYOND = 0.37, 0.09
@@ -130,6 +132,39 @@ def packings(image: Image) -> Iterator[tuple[str, Row]]:
     yield "dense, with contexts", {"bytes": tiled(codes, context), **measured}
 
 
+def softened(image: Image) -> Iterator[tuple[str, Row]]:
+    """Levels of sqrt(q), q being softened by the temperature of ``plain``'s coder: by themselves, and foretold."""
+    side, rungs = tile_side(image.mapping.shape), torch.zeros(1, dtype=torch.int64)
+    coder = PredictedDistribution.for_bound(BOUND, image.log_probs.shape[1], TEMPERATURES, side)
+    roots = ((image.log_probs / coder.temperature).log_softmax(1) / 2).exp()
+    top = image.log_probs.argmax(1, keepdim=True)
+
+    def alone(coarseness: float) -> tuple[Tensor, Tensor]:
+        codes = (roots / coarseness + 0.5).floor().scatter(1, top, TOP)
+        values = (codes * prediction.UNIT).scatter(1, top, prediction.ARGMAX).short()
+        return codes, dataclasses.replace(coder, levels=(1 / coarseness,)).decode(values, rungs)
+
+    def foretold(coarseness: float) -> tuple[Tensor, Tensor]:
+        one = dataclasses.replace(coder, levels=(1 / coarseness,))
+        codes = one.encode(image.log_probs, rungs)
+        return codes, one.decode(codes, rungs)
+
+    limits = 1 / coder.levels[-1], 1 / coder.levels[0]
+    found, measured = coarsest(alone, image, *limits)
+    codes = found[0].numpy().astype(np.uint8)
+    yield "levels of softened roots", {"bytes": tiled(codes), "entropy": entropy(codes), **measured}
+    size = sum(zstd(residuals(tile, median=True)) + CHECKSUM for tile in tiles(codes))
+    yield "their MED residuals", {"bytes": size, "entropy": entropy(residuals(codes, median=True)), **measured}
+    found, measured = coarsest(foretold, image, *limits)
+    values = found[0].numpy()
+    cut = [
+        cut_tile(values, number, side, values.dtype, prediction.BEYOND) for number in range(len(list(tiles(values))))
+    ]
+    size = sum(len(encode_chunk(tile, "residuals")) for tile in cut)
+    kept = np.concatenate([prediction.residuals(tile.astype(np.int16)).reshape(len(tile), -1) for tile in cut], axis=1)
+    yield "plain, foretold", {"bytes": size, "entropy": entropy(kept), **measured}
+
+
 def companded(log_p: Tensor, power: float) -> Tensor:
     """``p ** power / power``; with a power of 0 what differs from its limit by a constant a cell."""
     clamped = log_p.clamp_min(-40)
@@ -211,7 +246,8 @@ def packed(bands: Codes, count: int) -> int:
 
 def measure(image: Image) -> dict[str, Row]:
     sizes, half = native_float16(image)
-    rows: dict[str, Row] = {REFERENCE: {"bytes": sizes[REFERENCE], **costs(image, half)}, **dict(packings(image))}
+    rows: dict[str, Row] = {REFERENCE: {"bytes": sizes[REFERENCE], **costs(image, half)}}
+    rows |= {**dict(packings(image)), **dict(softened(image))}
     for fill, side, root in itertools.product((False, True), (8, 15, 16), (0, 12, 10.5, 8)):
         if root or not fill:
             what = f"p^(1/{root:g})" if root else "log p"
