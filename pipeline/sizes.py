@@ -14,7 +14,7 @@ UNITS = {
 """Decimal and binary units, as the SI and the IEC have them."""
 
 _UNIT_OF = {name.lower(): factor for name, factor in UNITS.items()}
-_WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
+_WRITTEN = re.compile(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:

@@ -225,7 +225,7 @@ def test_amounts_of_bytes() -> None:
         assert parse_bytes(f"3{unit}") == 3 * factor
 
 
-@pytest.mark.parametrize("text", ["", "200", "GB", "-1GB", "1XB", "0GB", "1e9B", "1,5GB"])
+@pytest.mark.parametrize("text", ["", "200", "GB", "-1GB", "1XB", "0GB", "1e9B", "1,5GB", "9" * 320 + "PB"])
 def test_what_is_no_amount_of_bytes(text: str) -> None:
     with pytest.raises(ConfigError, match=r"is no amount of bytes; write a number and one of B, kB, MB.*: 200GB$"):
         parse_bytes(text)
