@@ -102,13 +102,15 @@ class PredictedDistribution:
         wanted = self._wanted(values_SChw, rungs_S)
         classes = xp.arange(values_SChw.shape[1], device=device(wanted))[None, :, None, None]
         wanted = xp.where(classes == xp.argmax(values_SChw, axis=1, keepdims=True), ARGMAX, wanted)
-        height, width = wanted.shape[2:]
-        codes = xp.empty(wanted.shape, dtype=xp.int16, device=device(wanted))
-        for top in range(0, height, self.side):
-            for left in range(0, width, self.side):
-                place = (..., slice(top, top + self.side), slice(left, left + self.side))
-                codes[place] = xp.astype(self._settled(wanted[place]), xp.int16)
-        return codes
+        (samples, count, height, width), side = wanted.shape, self.side
+        down, across = -(-height // side), -(-width // side)
+        # Like the argmax, what lies beyond the grid takes the values that are foretold for it.
+        padded = xp.full((samples, count, down * side, across * side), ARGMAX, dtype=xp.int32, device=device(wanted))
+        padded[..., :height, :width] = wanted
+        tiles = xp.permute_dims(xp.reshape(padded, (samples, count, down, side, across, side)), (0, 2, 4, 1, 3, 5))
+        settled = xp.permute_dims(self._settled(tiles), (0, 3, 1, 4, 2, 5))
+        codes = xp.reshape(settled, (samples, count, down * side, across * side))[..., :height, :width]
+        return xp.astype(xp.where(wanted == ARGMAX, ARGMAX, codes), xp.int16)
 
     def _wanted(self, values_SChw: Array, rungs_S: Array) -> Array:
         """``sqrt(q) * levels`` of all classes, rounded to int32 values."""
@@ -131,24 +133,21 @@ class PredictedDistribution:
         shares += 0.5
         return xp.astype(xp.floor(shares), xp.int32)
 
-    def _settled(self, wanted_SCtt: Array) -> Array:
-        """The values of one tile's part of a map, the argmax marked."""
-        xp = array_namespace(wanted_SCtt)
-        samples, classes, height, width = wanted_SCtt.shape
+    def _settled(self, wanted: Array) -> Array:
+        """The values …,t,t of tiles: those that are foretold where the wanted one is ARGMAX."""
+        xp = array_namespace(wanted)
         late = UNIT - round(self.first * UNIT)
 
         def settle(foretold: Array, rows: slice, columns: slice) -> Array:
-            inside = (..., slice(0, len(range(*rows.indices(height)))), slice(0, len(range(*columns.indices(width)))))
-            here = wanted_SCtt[..., rows, columns]
-            off = here - foretold[inside]
+            here = wanted[..., rows, columns]
+            off = here - foretold
             steps = xp.clip(xp.sign(off) * ((xp.abs(off) + late) // UNIT), min=-127, max=127)
-            steps = xp.maximum(steps, -(foretold[inside] // UNIT))  # no value is less than 0
-            foretold[inside] += xp.where(here == ARGMAX, 0, steps * UNIT)
+            steps = xp.maximum(steps, -(foretold // UNIT))  # no value is less than 0
+            foretold += xp.where(here == ARGMAX, 0, steps * UNIT)
             return foretold
 
-        start = xp.zeros((samples, classes, 1, 1), dtype=xp.int32, device=device(wanted_SCtt))
-        values = coarse_to_fine(settle, start, self.side, self.side)[..., :height, :width]
-        return xp.where(wanted_SCtt == ARGMAX, ARGMAX, values)
+        start = xp.zeros((*wanted.shape[:-2], 1, 1), dtype=xp.int32, device=device(wanted))
+        return coarse_to_fine(settle, start, self.side, self.side)
 
     def decode(self, codes_SChw: Array, rungs_S: Array) -> Array:
         xp = array_namespace(codes_SChw)
