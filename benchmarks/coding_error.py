@@ -114,10 +114,12 @@ def measure(run: RunConfig, steps: int, count: int) -> Iterator[Row]:
     assert isinstance(uncoded, LiveTeacher)
     if "soft" not in inputs.objective.targets:
         raise SystemExit("the run learns nothing of the teacher's distributions; give knowledge.zero_order a weight")
-    classes = len(inputs.source.classes)
+    classes, tile = len(inputs.source.classes), 64  # above T = 1 what coding costs depends on it, next to nothing
     specs = {
         name: {
-            target: spec for target, spec in target_specs(config, classes).items() if target in inputs.objective.targets
+            target: spec
+            for target, spec in target_specs(config, classes, tile).items()
+            if target in inputs.objective.targets
         }
         for name, config in BOUNDS.items()
     }

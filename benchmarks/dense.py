@@ -69,7 +69,7 @@ def targets_of(images: list[Image]) -> Iterator[tuple[str, list[Codes]]]:
         codes = []
         for image in images:
             specs = {
-                wanted: TARGETS[wanted]().spec(config, image.log_probs.shape[1])
+                wanted: TARGETS[wanted]().spec(config, image.log_probs.shape[1], tile_side(image.mapping.shape))
                 for wanted in dict.fromkeys(("soft", name))
             }
             coded = code_targets(specs, image.log_probs, image.mapping, image.size, ["sample"])

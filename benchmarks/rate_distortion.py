@@ -36,7 +36,7 @@ from segkd.pipeline.models.network import Grid
 from segkd.pipeline.teacher.coded import code
 from segkd.pipeline.teacher.config import CacheConfig
 from segkd.pipeline.teacher.opened import open_run
-from segkd.pipeline.teacher.targets import TARGETS, Output, SoftTargets
+from segkd.pipeline.teacher.targets import Output, SoftTargets
 from segkd.storage.coding import from_float16, to_float16
 from segkd.storage.context import decode as context_decode
 from segkd.storage.context import encode as context_encode
@@ -96,8 +96,8 @@ def ours(config: CacheConfig, what: str, *, limit: bool = False) -> Keep:
     """The profile ``dense``, and ``plain`` as well where that keeps the same codes."""
 
     def keep(image: Image) -> Kept:
-        target, spec = TARGETS["soft"](), TARGETS["soft"]().spec(config, image.log_probs.shape[1])
-        coded, decoded = code(target, spec, image.output, ["sample"])
+        spec = SoftTargets().spec(config, image.log_probs.shape[1], tile_side(image.mapping.shape))
+        coded, decoded = code(SoftTargets(), spec, image.output, ["sample"])
         codes = coded.codes[0].numpy()
         sizes = {} if max(config.temperatures) > 1 else {f"plain {what}": tiled(codes)}
         sizes[f"dense {what}"] = tiled(codes, context)
@@ -113,7 +113,7 @@ def foretold(config: CacheConfig, what: str) -> Keep:
 
     def keep(image: Image) -> Kept:
         side = tile_side(image.mapping.shape)
-        spec = SoftTargets().spec(dataclasses.replace(config, tile=side), image.log_probs.shape[1])
+        spec = SoftTargets().spec(config, image.log_probs.shape[1], side)
         coded, decoded = code(SoftTargets(), spec, image.output, ["sample"])
         codes = coded.codes[0].numpy()
         if codes.dtype != np.int16:  # a sample that no rung serves
@@ -233,7 +233,7 @@ METHODS: tuple[Keep, ...] = (
 
 def measure(image: Image) -> dict[str, dict[str, float]]:
     """Bytes and errors of every coding of one image."""
-    spec = SoftTargets().spec(CacheConfig(temperatures=(1.0, 4.0)), image.log_probs.shape[1])
+    spec = SoftTargets().spec(CacheConfig(temperatures=(1.0, 4.0)), image.log_probs.shape[1], 1)
     rows: dict[str, dict[str, float]] = {}
     for keep in METHODS:
         sizes, decoded = keep(image)

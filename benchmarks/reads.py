@@ -72,7 +72,7 @@ def generate(path: Path, config: CacheConfig, *, classes: int, grid: tuple[int, 
         for number in range(samples)
     ]
     tile = usual_tile(planned)
-    soft = SoftTargets().spec(dataclasses.replace(config, tile=tile), classes)
+    soft = SoftTargets().spec(config, classes, tile)
     spec = CacheSpec(classes=names, targets={"soft": soft}, tile=tile, fingerprints={}, teacher={})
     writer = CacheWriter(path, spec, plan_units(planned, unit_samples=32, tile=tile))
     for unit in writer.pending():

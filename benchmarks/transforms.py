@@ -60,7 +60,7 @@ Row = dict[str, float]
 
 
 def costs(image: Image, decoded: Tensor) -> Row:
-    spec = SoftTargets().spec(CacheConfig(temperatures=TEMPERATURES), decoded.shape[1])
+    spec = SoftTargets().spec(CacheConfig(temperatures=TEMPERATURES), decoded.shape[1], 1)
     measured = SoftTargets().measure(spec, image.log_probs, decoded, image.output)
     agreement = float((decoded.argmax(1) == image.log_probs.argmax(1)).double().mean())
     return {**{name: float(measured[name]) for name in MEASURES}, "agreement": agreement}
@@ -135,7 +135,7 @@ def packings(image: Image) -> Iterator[tuple[str, Row]]:
 def softened(image: Image) -> Iterator[tuple[str, Row]]:
     """Levels of sqrt(q), q being softened by the temperature of ``plain``'s coder: by themselves, and foretold."""
     side, rungs = tile_side(image.mapping.shape), torch.zeros(1, dtype=torch.int64)
-    coder = PredictedDistribution.for_bound(BOUND, image.log_probs.shape[1], TEMPERATURES, side)
+    coder = PredictedDistribution.for_bound(BOUND, TEMPERATURES, side)
     roots = ((image.log_probs / coder.temperature).log_softmax(1) / 2).exp()
     top = image.log_probs.argmax(1, keepdim=True)
 

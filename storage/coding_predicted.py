@@ -18,10 +18,11 @@ from array_api_compat import array_namespace, device
 
 from segkd.storage.coding_exact import Array, from_float16, looked_up, require_log_probabilities
 from segkd.storage.errors import ConfigError
-from segkd.storage.prediction import ARGMAX, UNIT, coarse_to_fine
+from segkd.storage.prediction import ARGMAX, ARGMAX_KEPT, UNIT, VALUES, coarse_to_fine
 
 FINEST = 360.0
-"""The most levels, of which sqrt(1/2), the most that a class other than the argmax has, is a value below 2^13."""
+"""The most levels: sqrt(1/2) of them, the most that a class other than the argmax has, is a value below VALUES."""
+assert UNIT * FINEST * math.sqrt(0.5) + UNIT < VALUES
 PARTS = 1 << 14
 """What square roots of probabilities are counted in before they are normalised."""
 RUNGS_OF_A_LADDER = 250
@@ -70,18 +71,16 @@ class PredictedDistribution:
             raise ConfigError(f"temperature must be above 0, got {self.temperature}")
 
     @classmethod
-    def for_bound(cls, max_kl: float, classes: int, temperatures: Sequence[float], side: int) -> PredictedDistribution:
+    def for_bound(cls, max_kl: float, temperatures: Sequence[float], side: int) -> PredictedDistribution:
         """The coder whose ladder serves a bound on the KL, from nearly sure teachers to those that know nothing."""
         # The metric of one temperature has to serve all of them; where it lies was tried, see docs/design.md.
         temperature = min(1.25 * max(temperatures), 2.5 + min(temperatures))
         # KL = 2 sum((delta sqrt q)^2) to second order, and differences below first come to about 0.1 levels squared.
         scale = math.sqrt(2 * 0.1 / max_kl)
         least = min(max(0.25 * scale, 1.2), FINEST / 2)
-        most = min(max(3 * scale * math.sqrt(classes), 4 * least), FINEST)
-        ratio = (most / least) ** (1 / (RUNGS_OF_A_LADDER - 1))
+        # What a temperature below the coder's makes of an error is up to its square: all levels may be needed.
+        ratio = (FINEST / least) ** (1 / (RUNGS_OF_A_LADDER - 1))
         levels = [least * ratio**k for k in range(RUNGS_OF_A_LADDER)]
-        if most < FINEST / 1.01:
-            levels.append(FINEST)  # for maps as rough as noise, of which pixels may cost several times what cells do
         return cls(
             temperature=float(f"{temperature:.4g}"),
             levels=tuple(min(float(f"{level:.4g}"), FINEST) for level in levels),
@@ -104,12 +103,13 @@ class PredictedDistribution:
         wanted = xp.where(classes == xp.argmax(values_SChw, axis=1, keepdims=True), ARGMAX, wanted)
         (samples, count, height, width), side = wanted.shape, self.side
         down, across = -(-height // side), -(-width // side)
+        rows, columns = side if down > 1 else height, side if across > 1 else width
         # Like the argmax, what lies beyond the grid takes the values that are foretold for it.
-        padded = xp.full((samples, count, down * side, across * side), ARGMAX, dtype=xp.int32, device=device(wanted))
+        padded = xp.full((samples, count, down * rows, across * columns), ARGMAX, dtype=xp.int32, device=device(wanted))
         padded[..., :height, :width] = wanted
-        tiles = xp.permute_dims(xp.reshape(padded, (samples, count, down, side, across, side)), (0, 2, 4, 1, 3, 5))
+        tiles = xp.permute_dims(xp.reshape(padded, (samples, count, down, rows, across, columns)), (0, 2, 4, 1, 3, 5))
         settled = xp.permute_dims(self._settled(tiles), (0, 3, 1, 4, 2, 5))
-        codes = xp.reshape(settled, (samples, count, down * side, across * side))[..., :height, :width]
+        codes = xp.reshape(settled, (samples, count, down * rows, across * columns))[..., :height, :width]
         return xp.astype(xp.where(wanted == ARGMAX, ARGMAX, codes), xp.int16)
 
     def _wanted(self, values_SChw: Array, rungs_S: Array) -> Array:
@@ -134,27 +134,29 @@ class PredictedDistribution:
         return xp.astype(xp.floor(shares), xp.int32)
 
     def _settled(self, wanted: Array) -> Array:
-        """The values …,t,t of tiles: those that are foretold where the wanted one is ARGMAX."""
+        """The values of tiles' parts …,h,w: those that are foretold where the wanted one is ARGMAX, and beyond."""
         xp = array_namespace(wanted)
-        late = UNIT - round(self.first * UNIT)
+        late = UNIT - _rounded(self.first * UNIT)
 
         def settle(foretold: Array, rows: slice, columns: slice) -> Array:
             here = wanted[..., rows, columns]
-            off = here - foretold
-            steps = xp.clip(xp.sign(off) * ((xp.abs(off) + late) // UNIT), min=-127, max=127)
-            steps = xp.maximum(steps, -(foretold // UNIT))  # no value is less than 0
-            foretold += xp.where(here == ARGMAX, 0, steps * UNIT)
+            inside = foretold[..., : here.shape[-2], : here.shape[-1]]
+            off = here - inside
+            steps = xp.sign(off) * ((xp.abs(off) + late) // UNIT)
+            steps = xp.maximum(steps, -(inside // UNIT))  # no value is less than 0
+            steps = xp.where(xp.abs(steps) == -ARGMAX_KEPT, steps - xp.sign(steps), steps)
+            inside += xp.where(here == ARGMAX, 0, steps * UNIT)
             return foretold
 
         start = xp.zeros((*wanted.shape[:-2], 1, 1), dtype=xp.int32, device=device(wanted))
-        return coarse_to_fine(settle, start, self.side, self.side)
+        return coarse_to_fine(settle, start, self.side, *wanted.shape[-2:])
 
     def decode(self, codes_SChw: Array, rungs_S: Array) -> Array:
         xp = array_namespace(codes_SChw)
         if xp.isdtype(codes_SChw.dtype, "real floating"):
             return from_float16(codes_SChw)
         scales = looked_up(xp.asarray(1 / self._scales, device=device(codes_SChw)), xp.astype(rungs_S, xp.int64))
-        roots = xp.astype(xp.clip(codes_SChw, min=round(self.floors[0] * UNIT)), xp.float32)
+        roots = xp.clip(xp.astype(codes_SChw, xp.float32), min=self.floors[0] * UNIT)
         roots *= xp.astype(scales, xp.float32)[:, None, None, None]
         others = xp.where(codes_SChw < 0, 0, roots * roots)
         kept = xp.maximum(1 - xp.sum(others, axis=1, keepdims=True), _AHEAD * xp.max(others, axis=1, keepdims=True))
@@ -179,3 +181,8 @@ class PredictedDistribution:
     def _scales(self) -> npt.NDArray[np.float64]:
         """Values between the probabilities 0 and 1 on each rung, ``(rungs,)``."""
         return UNIT * np.asarray(self.levels)
+
+
+def _rounded(number: float) -> int:
+    """The nearest whole number, halves going up."""
+    return math.floor(number + 0.5)

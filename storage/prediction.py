@@ -21,8 +21,8 @@ from segkd.storage.coding_exact import Array
 
 UNIT = 32
 """Parts of a level that values are counted in, for a mean of levels is hardly a level."""
-LARGEST = (1 << 13) - 1
-"""The largest value: four of them fit 16 bits."""
+VALUES = 256 * UNIT
+"""Values are 0 to this, less one: four of them fit 16 bits, and 8 bits tell by how many levels two of them differ."""
 ARGMAX = -1
 """The value of a cell's argmax, whose probability is what the others leave."""
 BEYOND = -2
@@ -30,43 +30,47 @@ BEYOND = -2
 ARGMAX_KEPT = -128
 """What is kept at the argmax of the first row, and below it where it is another than that of the cell above.
 
-Elsewhere it is levels, up to 127 either way: 0 at the argmax and beyond the grid.
+Elsewhere it is levels, modulo 256 and never this: 0 at the argmax and beyond the grid.
 """
 
 Settle = Callable[[Any, slice, slice], Any]
-"""From what is foretold at some rows and columns of a tile to the values there, which others are foretold from."""
+"""From what is foretold at some rows and columns of a tile, which it may write into, to the values there. Others are
+foretold from these."""
 
 
-def coarse_to_fine(settle: Settle, start: Array, side: int, rows: int) -> Array:
-    """The values …,rows,side of the first ``rows`` rows of a tile, group by group as ``settle`` tells them.
+def coarse_to_fine(settle: Settle, start: Array, side: int, rows: int, columns: int) -> Array:
+    """The values …,rows,columns of a tile's first rows and columns, group by group as ``settle`` tells them.
 
-    ``start``: what the first cell is foretold to be, …,1,1.
+    ``settle`` is also asked about cells further on, as far as the wanted ones depend on them. ``start``: what the first
+    cell is foretold to be, …,1,1.
     """
-    return _grid(array_namespace(start), settle, start, side, 1, rows)
+    return _grid(array_namespace(start), settle, start, side, 1, rows, columns)
 
 
-def _grid(xp: Any, settle: Settle, start: Array, side: int, stride: int, rows: int) -> Array:
-    """Every ``stride``-th cell of every ``stride``-th row, ``rows`` such rows."""
-    columns = -(-side // stride)
-    if columns == 1:
+def _grid(xp: Any, settle: Settle, start: Array, side: int, stride: int, rows: int, columns: int) -> Array:
+    """Every ``stride``-th cell of every ``stride``-th row, ``rows`` such rows and ``columns`` such columns."""
+    cells = -(-side // stride)
+    if cells == 1:
         return settle(start, slice(0, 1), slice(0, 1))
-    even, odd = (columns + 1) // 2, columns // 2
-    # How many rows of each kind the wanted ones need: a row between two needs both.
-    odd_rows = rows // 2
-    even_rows = min(even, odd_rows + 1)
+    # How many of each kind the wanted ones need: what lies between two needs both.
+    odd_rows, odd_columns = rows // 2, columns // 2
+    even_rows, even_columns = (min((cells + 1) // 2, odd + 1) for odd in (odd_rows, odd_columns))
 
     def settled(total: Array, shift: int, row: int, column: int) -> Array:
         total += shift  # half of the divisor
         total >>= shift
-        lines = slice(row * stride, 2 * stride * total.shape[-2], 2 * stride)
-        return settle(total, lines, slice(column * stride, None, 2 * stride))
+        lines, places = (
+            slice(first * stride, 2 * stride * count, 2 * stride)
+            for first, count in zip((row, column), total.shape[-2:], strict=True)
+        )
+        return settle(total, lines, places)
 
-    known = _grid(xp, settle, start, side, 2 * stride, even_rows)
+    known = _grid(xp, settle, start, side, 2 * stride, even_rows, even_columns)
     lines = _lengthened(xp, known, -2, odd_rows + 1)
     below = settled(lines[..., :-1, :] + lines[..., 1:, :], 1, 1, 0)
-    lines = _lengthened(xp, known, -1, odd + 1)
+    lines = _lengthened(xp, known, -1, odd_columns + 1)
     beside = settled(lines[..., :-1] + lines[..., 1:], 1, 0, 1)
-    lines = _lengthened(xp, below, -1, odd + 1)
+    lines = _lengthened(xp, below, -1, odd_columns + 1)
     total = lines[..., :-1] + lines[..., 1:]
     lines = _lengthened(xp, beside, -2, odd_rows + 1)
     total += lines[..., :-1, :]
@@ -74,8 +78,8 @@ def _grid(xp: Any, settle: Settle, start: Array, side: int, stride: int, rows: i
     middle = settled(total, 2, 1, 1)
 
     found = xp.empty((*start.shape[:-2], rows, columns), dtype=middle.dtype, device=device(start))
-    found[..., ::2, ::2] = known[..., : rows - odd_rows, :]
-    found[..., 1::2, ::2] = below
+    found[..., ::2, ::2] = known[..., : rows - odd_rows, : columns - odd_columns]
+    found[..., 1::2, ::2] = below[..., : columns - odd_columns]
     found[..., ::2, 1::2] = beside[..., : rows - odd_rows, :]
     found[..., 1::2, 1::2] = middle
     return found
@@ -95,13 +99,14 @@ def residuals(values: npt.NDArray[np.int16]) -> npt.NDArray[np.int8]:
 
     def settle(foretold: npt.NDArray[Any], rows: slice, columns: slice) -> npt.NDArray[Any]:
         here = values[:, rows, columns].astype(np.int32)
-        off = here - foretold
-        assert bool(((off % UNIT == 0) & (abs(off) <= 127 * UNIT) | (here < 0)).all()), "no coder gives such values"
-        kept[:, rows, columns] = np.where(here < 0, 0, off // UNIT)
+        off = np.where(here < 0, 0, here - foretold)
+        levels = (off // UNIT).astype(np.int8)  # modulo 256
+        assert bool(((off % UNIT == 0) & (levels != ARGMAX_KEPT)).all()), "no coder gives such values"
+        kept[:, rows, columns] = levels
         return np.where(here < 0, foretold, here)
 
     side = values.shape[1]
-    coarse_to_fine(settle, np.zeros((len(values), 1, 1), np.int32), side, side)
+    coarse_to_fine(settle, np.zeros((len(values), 1, 1), np.int32), side, side, side)
     argmax = values == ARGMAX
     argmax[:, 1:] &= ~argmax[:, :-1]
     kept[argmax] = ARGMAX_KEPT
@@ -114,7 +119,7 @@ def restored(kept: npt.NDArray[np.int8], rows: int | None = None) -> npt.NDArray
     What they are beyond a sample's grid is of no use.
     """
     side = kept.shape[1]
-    rows = side if rows is None else rows
+    count = side if rows is None else rows
     steps = kept.astype(np.int16)
     steps *= UNIT
     marks = np.flatnonzero(kept == ARGMAX_KEPT)
@@ -122,16 +127,17 @@ def restored(kept: npt.NDArray[np.int8], rows: int | None = None) -> npt.NDArray
 
     def settle(foretold: npt.NDArray[Any], rows: slice, columns: slice) -> npt.NDArray[Any]:
         foretold += steps[:, rows, columns]
+        foretold &= VALUES - 1
         return foretold
 
     start = np.zeros((len(kept), 1, 1), np.int16)
-    values: npt.NDArray[np.int16] = coarse_to_fine(settle, start, side, rows)
+    values: npt.NDArray[np.int16] = coarse_to_fine(settle, start, side, count, side)
     # A cell has the argmax of the last mark in its column, down to its own row.
     planes, cells = np.divmod(marks, side * side)
     last, plane_of = np.zeros((2, side * side), np.intp)
     last[cells], plane_of[cells] = cells, planes
-    argmax = plane_of.take(np.maximum.accumulate(last.reshape(side, side)[:rows], axis=0).reshape(-1))
-    argmax *= rows * side
-    argmax += np.arange(rows * side)
+    argmax = plane_of.take(np.maximum.accumulate(last.reshape(side, side)[:count], axis=0).reshape(-1))
+    argmax *= count * side
+    argmax += np.arange(count * side)
     values.reshape(-1)[argmax] = ARGMAX
     return values

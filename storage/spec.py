@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from segkd.storage.coding import Coder, CompandedDistribution, PredictedDistribution, coder_from_dict, coder_to_dict
+from segkd.storage.coding import Coder, ExactDistribution, PredictedDistribution, coder_from_dict, coder_to_dict
 from segkd.storage.differences import differing
 from segkd.storage.errors import AFTER_DAMAGE, CacheMismatchError, ConfigError
 from segkd.storage.fields import MANY, Fields
@@ -32,8 +32,8 @@ def require_codec(name: str, coder: Coder, codec: str) -> None:
     """Raises ConfigError for a codec that does not take what the coder of the target ``name`` gives."""
     if codec == "context" and coder.dtype != np.uint8:
         raise ConfigError(f"{name} is kept in {coder.dtype}, and the codec 'context' takes uint8 alone; choose 'zstd'")
-    predicted = isinstance(coder, PredictedDistribution)
-    if codec == "residuals" if not predicted else codec in ("zstd", "context"):
+    foretold = isinstance(coder, PredictedDistribution)
+    if codec in ("zstd", "context", "residuals") and (codec == "residuals") != foretold:
         raise ConfigError(
             f"{name} is kept by {coder.kind} with the codec {codec!r}, but 'residuals' goes with "
             f"{PredictedDistribution.kind} and with nothing else; choose these two together"
@@ -91,22 +91,20 @@ class TargetSpec:
         measures, bounded = fields.strings("measures"), fields.strings("bounded")
         if not {*bounded} <= {*measures}:
             raise fields.wrong("bounded", list(bounded), f"some of the measures {', '.join(measures)}")
-        codec = fields.text("codec")
         try:
-            require_codec(fields.name("name"), kept, codec)
+            return cls(
+                name=fields.name("name"),
+                channels=fields.whole("channels", 1, SIDE),
+                coder=kept,
+                bound=fields.number("bound"),
+                measures=measures,
+                bounded=bounded,
+                parameters=fields.table("parameters"),
+                fallback=fields.flag("fallback"),
+                codec=fields.text("codec"),
+            )
         except ConfigError as error:
-            raise fields.wrong("codec", codec, f"one that goes with the coder: {error}") from error
-        return cls(
-            name=fields.name("name"),
-            channels=fields.whole("channels", 1, SIDE),
-            coder=kept,
-            bound=fields.number("bound"),
-            measures=measures,
-            bounded=bounded,
-            parameters=fields.table("parameters"),
-            fallback=fields.flag("fallback"),
-            codec=codec,
-        )
+            raise fields.wrong("codec", fields.text("codec"), f"one that goes with the coder: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,17 +199,16 @@ class CacheSpec:
         names = [target.name for target in targets]
         if not names or len({*names}) < len(names):
             raise fields.wrong("targets", names, "one at least, each of another name")
-        tile = fields.whole("tile", 1, SIDE)
-        for target in targets:
-            if isinstance(target.coder, PredictedDistribution) and target.coder.side != tile:
-                raise fields.wrong("tile", tile, f"{target.coder.side}, within which {target.name} is foretold")
-        return cls(
-            classes=fields.strings("classes"),
-            targets={target.name: target for target in targets},
-            tile=tile,
-            fingerprints=fields.texts("fingerprints"),
-            teacher=fields.table("teacher"),
-        )
+        try:
+            return cls(
+                classes=fields.strings("classes"),
+                targets={target.name: target for target in targets},
+                tile=fields.whole("tile", 1, SIDE),
+                fingerprints=fields.texts("fingerprints"),
+                teacher=fields.table("teacher"),
+            )
+        except ConfigError as error:
+            raise fields.wrong("tile", table.get("tile"), f"that of the coder: {error}") from error
 
 
 def require_equal(expected: CacheSpec, found: CacheSpec, where: str) -> None:
@@ -243,17 +240,21 @@ def _document(spec: CacheSpec) -> dict[str, Any]:
 
 
 def _stated(spec: CacheSpec, other: CacheSpec) -> dict[str, Any]:
-    """What somebody has asked for: of the coders the kind alone, and of targets those that both have."""
+    """What somebody has asked for, of the targets that both have; coders follow from it."""
     document = _document(spec)
     for name in spec.targets:
         target = document.pop(name)
         if name in other.targets:
-            stated = ("bound", "parameters", "codec", "fallback", "channels")
-            document[name] = {key: target[key] for key in stated} | {"coder": target["coder"]["kind"]}
-            # Which of two coders it is follows from the temperatures, which are among the parameters.
-            if target["codec"] == "residuals":
-                document[name] |= {"codec": "zstd", "coder": CompandedDistribution.kind}
+            stated = ("bound", "parameters", "fallback", "channels")
+            document[name] = {key: target[key] for key in stated} | {"profile": _profile(spec.targets[name])}
     return document
+
+
+def _profile(target: TargetSpec) -> str:
+    """What somebody calls a coder and a codec."""
+    if isinstance(target.coder, ExactDistribution):
+        return "exact"
+    return "dense" if target.codec == "context" else "plain"
 
 
 def _require_readable(found: object, where: str) -> None:

@@ -111,6 +111,19 @@ def test_of_all_samples_it_foretells_what_happens(sized: RunConfig) -> None:
     assert foretold.units == len(CacheReader(sized.cache.path).records())
 
 
+def test_values_that_are_foretold_within_tiles_are_planned_within_the_caches_own(sized: RunConfig) -> None:
+    run = replace(sized, cache=replace(sized.cache, temperatures=(1.0, 4.0), tile=0))
+    foretold = planning.plan(run, samples=1000).volume.bytes
+    teacher_cache(with_budget(run, "1GB"))
+    reader = CacheReader(run.cache.path)
+    assert reader.spec.tile != 64
+    assert reader.spec.targets["soft"].codec == "zstd"  # such a bound is below those of foretold values
+    shutil.rmtree(run.cache.path)
+    teacher_cache(run)
+    assert CacheReader(run.cache.path).spec.targets["soft"].codec == "residuals"
+    assert total_bytes(run.cache.path) == pytest.approx(foretold, rel=0.05)
+
+
 def test_of_some_samples_it_foretells_about_what_happens(sized: RunConfig) -> None:
     foretold = planning.plan(sized, samples=8)
     summary = teacher_cache(sized)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.special import log_softmax
 
+from segkd.pipeline.teacher.config import CacheConfig
+from segkd.pipeline.teacher.targets import SoftTargets
 from segkd.storage.coding import (
     EXACT,
     CompandedDistribution,
@@ -32,7 +33,7 @@ from segkd.storage.fields import Fields
 from segkd.storage.geometry import Mapping, network_axis
 from segkd.storage.layout import PlannedSample, plan_units
 from segkd.storage.packing import encode_chunk
-from segkd.storage.prediction import ARGMAX, ARGMAX_KEPT, BEYOND, LARGEST, residuals, restored
+from segkd.storage.prediction import ARGMAX, ARGMAX_KEPT, BEYOND, VALUES, residuals, restored
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import CacheSpec, TargetSpec
 from segkd.storage.table import CodedSample
@@ -75,9 +76,9 @@ def slow_restored(kept: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:
     values = np.zeros(kept.shape, np.int64)
     steps = np.where(kept == -128, 0, kept).astype(np.int64) * 32
     for plane, step in zip(values, steps, strict=True):
-        plane[0, 0] = step[0, 0]
+        plane[0, 0] = step[0, 0] % 8192
         for y, x, s in order(kept.shape[1]):
-            plane[y, x] = slow_foretold(plane, y, x, s) + step[y, x]
+            plane[y, x] = (slow_foretold(plane, y, x, s) + step[y, x]) % 8192
     for x in range(kept.shape[2]):
         argmax = 0
         for y in range(kept.shape[1]):
@@ -101,8 +102,9 @@ def slow_codes(log_probs: npt.NDArray[np.float32], coder: PredictedDistribution,
             r = 0
             if y < height and x < width and top[y, x] != k:
                 d = wanted[k, y, x] - foretold
-                r = min((abs(d) + up) >> 5, 127) * (1 if d > 0 else -1)
+                r = ((abs(d) + up) >> 5) * (1 if d > 0 else -1)
                 r = max(r, -(foretold >> 5))
+                r = {128: 127, -128: -127}.get(r, r)
             values[k, y, x] = foretold + 32 * r
     codes = values[:, :height, :width].copy()
     np.put_along_axis(codes, top[None], ARGMAX, 0)
@@ -149,8 +151,6 @@ def test_values_are_restored_as_the_format_page_says(side: int, data: st.DataObj
     kept[0, 0] = ARGMAX_KEPT
     kept[1] = np.where(kept[0] == -128, 0, kept[1])
     expected = slow_restored(kept)
-    if np.abs(expected).max() > LARGEST:  # which no coder leads to: 16 bits need not hold it
-        return
     for rows in range(1, side + 1):
         np.testing.assert_array_equal(restored(kept, rows), expected[:, :rows])
 
@@ -191,7 +191,7 @@ def test_writers_choose_as_the_format_page_says(seed: int) -> None:
 def test_numpy_and_torch_give_equal_codes(values: npt.NDArray[np.float32], rung: int) -> None:
     codes = CODER.encode(values, np.full(len(values), rung))
     assert codes.dtype == np.int16
-    assert codes.max() <= LARGEST
+    assert codes.max() < VALUES
     found = CODER.encode(torch.from_numpy(values), torch.full((len(values),), rung))
     np.testing.assert_array_equal(found.numpy(), codes)
 
@@ -261,11 +261,44 @@ def test_the_cost_in_kl_falls_with_the_levels_as_the_fisher_rao_metric_says() ->
         assert cost == pytest.approx(2 * 10 * 0.1 / levels**2, rel=0.35)
 
 
+@pytest.mark.parametrize("side", [1, 4, 16])
+@pytest.mark.parametrize("levels", [147.0, 250.0, 360.0])
+def test_a_step_of_any_height_is_kept(side: int, levels: float) -> None:
+    """From nothing to half of all and back, between neighbours and in the first cell, however many levels that is."""
+    p = np.where(np.random.default_rng(0).random((1, 1, side, side)) < 0.5, 0.001, 0.45)
+    values = np.log(np.concatenate([p, 1 - p], axis=1)).astype(np.float32)
+    coder = dataclasses.replace(CODER, levels=(levels,), side=side)
+    on = np.array([0])
+    decoded = coder.decode(coder.encode(values, on), on)
+    assert float((np.exp(values) * (values - decoded)).sum(1).max()) < 40 / levels**2
+
+
+def test_hesitating_teachers_are_kept_on_the_ladder() -> None:
+    """A temperature below the coder's is the stricter where classes compete, and asks for many levels."""
+    values = torch.from_numpy(smooth(6, 20, 24, sharpness=1.0))
+    for max_kl, foretold in ((1e-2, True), (1e-3, True), (3e-4, True), (1e-4, False)):
+        spec = SoftTargets().spec(CacheConfig(max_kl=max_kl, temperatures=(1.0, 4.0)), 6, 20)
+        assert isinstance(spec.coder, PredictedDistribution) is foretold
+        rungs = SoftTargets().rungs(spec, values)
+        decoded = spec.coder.decode(spec.coder.encode(values, rungs), rungs)
+        assert float((values.exp() * (values - decoded)).sum(1).mean()) <= max_kl
+
+
+def test_a_small_map_in_a_large_tile_is_coded_as_its_part_of_it() -> None:
+    """What lies beyond the grid is foretold as far as the grid depends on it."""
+    coder, on = dataclasses.replace(CODER, side=1024), np.array([2])
+    values = smooth(3, 5, 9)
+    codes = coder.encode(values, on)
+    tile = np.full((3, 1024, 1024), BEYOND, np.int16)
+    tile[:, :5, :9] = codes[0]
+    np.testing.assert_array_equal(restored(residuals(tile), 5)[:, :, :9], codes[0])
+
+
 def test_it_takes_fewer_bytes_than_codes_by_themselves_where_classes_count() -> None:
     values = smooth(11, 64, 64)
     sizes = []
     for coder in (
-        PredictedDistribution.for_bound(1e-3, 11, (1.0, 4.0), 64),
+        PredictedDistribution.for_bound(1e-3, (1.0, 4.0), 64),
         CompandedDistribution.for_bound(1e-3, 11, (1.0, 4.0)),
     ):
         for level in range(len(coder.levels)):
@@ -282,11 +315,10 @@ def test_it_takes_fewer_bytes_than_codes_by_themselves_where_classes_count() -> 
     assert sizes[0] < 0.7 * sizes[1]
 
 
-@pytest.mark.parametrize("classes", [2, 11, 150, 1000, 65535])
 @pytest.mark.parametrize("temperatures", [(2.0,), (1.0, 4.0), (0.5, 20.0)])
 @pytest.mark.parametrize("max_kl", [1e-6, 1e-3, 0.1])
-def test_a_ladder_ascends_and_fits_a_byte(classes: int, temperatures: tuple[float, ...], max_kl: float) -> None:
-    coder = PredictedDistribution.for_bound(max_kl, classes, temperatures, 64)
+def test_a_ladder_ascends_and_fits_a_byte(temperatures: tuple[float, ...], max_kl: float) -> None:
+    coder = PredictedDistribution.for_bound(max_kl, temperatures, 64)
     assert (np.diff(coder.levels) > 0).all()
     assert coder.levels[-1] == 360
     assert coder.rungs <= EXACT  # which is the number of none of them
@@ -365,7 +397,7 @@ def test_values_are_foretold_within_tiles_of_the_cache() -> None:
     with pytest.raises(ConfigError, match=f"^{message}$"):
         spec_of(soft(), tile=8)
     table = {**json.loads(json.dumps(spec_of(soft()).to_dict())), "tile": 8}
-    with pytest.raises(CacheDamagedError, match=re.escape("c/zarr.json cannot be read (tile is 8, expected 7")):
+    with pytest.raises(CacheDamagedError, match=r"^c/zarr.json cannot be read \(tile is 8, expected that of the"):
         CacheSpec.from_dict(table, "c")
 
 
@@ -387,7 +419,7 @@ def cache(tmp_path: Path) -> tuple[Path, dict[str, npt.NDArray[np.int16]]]:
     plan = plan_units(samples, unit_samples=2, tile=SIDE)
     writer = CacheWriter(tmp_path / "cache.zarr", spec_of(soft()), plan)
     codes = {
-        sample.id: CODER.encode(smooth(4, *sample.mapping.shape, seed=k), np.array([1]))[0]
+        sample.id: CODER.encode(smooth(4, *sample.mapping.shape, seed=k, sharpness=30.0), np.array([3]))[0]
         for k, sample in enumerate(samples)
     }
     for unit in plan.units:
@@ -395,7 +427,7 @@ def cache(tmp_path: Path) -> tuple[Path, dict[str, npt.NDArray[np.int16]]]:
             CodedSample(
                 image_digest=bytes(16),
                 codes={"soft": codes[sample.id]},
-                rungs={"soft": 1},
+                rungs={"soft": 3},
                 measures={"soft": {"kl_cells": 1e-4}},
             )
             for sample in plan.of(unit)

@@ -251,8 +251,8 @@ def refusal(run: RunConfig) -> str:
         ),
         (
             ["cache.profile='dense'", "cache.max_first_order_error=0.02"],
-            "soft.codec ('zstd', now 'context'), first_order.bound (0.00390625, now 0.02), "
-            "first_order.codec ('zstd', now 'context')",
+            "soft.profile ('plain', now 'dense'), first_order.bound (0.00390625, now 0.02), "
+            "first_order.profile ('plain', now 'dense')",
         ),
     ],
 )

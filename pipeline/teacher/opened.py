@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from segkd.pipeline.config import RunConfig
@@ -70,12 +70,12 @@ def open_run(run: RunConfig) -> Opened:
     )
     planned = plan_samples(data, samples, predictor, threads=config.decoders)
     # What a cache was begun with stays, whatever its list has become.
-    config = replace(config, tile=config.tile or tile_of(Path(config.path), usual_tile(planned)))
-    targets = target_specs(config, len(data.classes))
+    tile = config.tile or tile_of(Path(config.path), usual_tile(planned))
+    targets = target_specs(config, len(data.classes), tile)
     spec = CacheSpec(
         classes=data.classes.names,
         targets=targets,
-        tile=config.tile,
+        tile=tile,
         fingerprints=fingerprints(predictor, data.classes, targets.values()),
         teacher=kept_description(predictor),
     )
@@ -89,9 +89,9 @@ def open_run(run: RunConfig) -> Opened:
     )
 
 
-def target_specs(config: CacheConfig, classes: int) -> dict[str, TargetSpec]:
+def target_specs(config: CacheConfig, classes: int, tile: int) -> dict[str, TargetSpec]:
     """What the cache says about each of the targets that ``config`` names."""
-    return {name: TARGETS[name]().spec(config, classes) for name in config.targets}
+    return {name: TARGETS[name]().spec(config, classes, tile) for name in config.targets}
 
 
 def plan_samples(

@@ -31,10 +31,8 @@ from segkd.storage.spec import TargetSpec
 
 LOWEST = -100.0
 """What -inf is measured as: e^-100 is nothing, and unlike -inf it can be multiplied by 0."""
-Laddered = CompandedDistribution | PredictedDistribution
-"""Coders whose rungs are levels, times floors of each."""
-USUAL_TILE = 64
-"""The side of a tile where none was chosen yet."""
+LEAST_FORETOLD = 3e-4
+"""Nats: for less, foretold values have too few levels where a teacher hesitates between many classes."""
 LOGITS_BOUND = 0.25
 """Absolute error of the first-order map of the logits, whose values are mostly between 1 and 30."""
 
@@ -55,11 +53,15 @@ class Output:
         return replace(self, log_probs_NChw=self.log_probs_NChw[samples], kept_NChw=kept)
 
 
+Laddered = CompandedDistribution | PredictedDistribution
+"""Coders whose rungs are levels, times floors of each."""
+
+
 class Target(Protocol):
     """One map derived from the teacher."""
 
-    def spec(self, config: CacheConfig, classes: int) -> TargetSpec:
-        """What the cache says about it."""
+    def spec(self, config: CacheConfig, classes: int, tile: int) -> TargetSpec:
+        """What a cache with tiles of this side says about it."""
         ...
 
     def values(self, output: Output) -> Tensor:
@@ -82,8 +84,8 @@ class Target(Protocol):
 class SoftTargets(Target):
     """Zero-order knowledge: the teacher's class distribution in each cell."""
 
-    def spec(self, config: CacheConfig, classes: int) -> TargetSpec:
-        coder, codec = _coder_and_codec(config, classes)
+    def spec(self, config: CacheConfig, classes: int, tile: int) -> TargetSpec:
+        coder, codec = _coder_and_codec(config, classes, tile)
         bounded = tuple(_named(name, t) for t in config.temperatures for name in ("kl_cells", "kl_pixels"))
         return TargetSpec(
             name="soft",
@@ -168,13 +170,12 @@ class SoftTargets(Target):
         }
 
 
-def _coder_and_codec(config: CacheConfig, classes: int) -> tuple[Coder, str]:
-    """How distributions are kept, by the profile and by whether a temperature above 1 makes all classes count."""
+def _coder_and_codec(config: CacheConfig, classes: int, tile: int) -> tuple[Coder, str]:
+    """How distributions are kept: by the profile, by whether a temperature makes all classes count, by the bound."""
     if config.profile == "exact":
         return ExactDistribution(), "zstd"
-    if config.profile == "plain" and max(config.temperatures) > 1:
-        coder = PredictedDistribution.for_bound(config.max_kl, classes, config.temperatures, config.tile or USUAL_TILE)
-        return coder, "residuals"
+    if config.profile == "plain" and max(config.temperatures) > 1 and config.max_kl >= LEAST_FORETOLD:
+        return PredictedDistribution.for_bound(config.max_kl, config.temperatures, tile), "residuals"
     companded = CompandedDistribution.for_bound(config.max_kl, classes, config.temperatures)
     return companded, "context" if config.profile == "dense" else "zstd"
 
@@ -224,7 +225,7 @@ class FirstOrderMap(Target):
     name: str
     features: Features
 
-    def spec(self, config: CacheConfig, classes: int) -> TargetSpec:  # noqa: ARG002  # the protocol's
+    def spec(self, config: CacheConfig, classes: int, tile: int) -> TargetSpec:  # noqa: ARG002  # the protocol's
         bound = config.max_first_order_error if self.features == "softmax" else LOGITS_BOUND
         parameters: Mapping[str, float | str] = {"features": self.features, "epsilon": EPSILON}
         recomputed = ("recomputed_largest_error", "recomputed_mean_error") if "soft" in config.targets else ()

@@ -115,7 +115,9 @@ class Trials:
 
         Raises what stage 1 raises.
         """
-        spec = replace(self.opened.spec, targets=target_specs(config, len(self.opened.spec.classes)))
+        spec = replace(
+            self.opened.spec, targets=target_specs(config, len(self.opened.spec.classes), self.opened.spec.tile)
+        )
         opened = replace(self.opened, predictor=self._predictor, spec=spec)
         finished: list[tuple[Unit, float]] = []
 
