@@ -247,7 +247,7 @@ def refusal(run: RunConfig) -> str:
         ),
         (
             ["cache.profile='exact'"],
-            "soft.fallback (True, now False), soft.coder ('companded-distribution', now 'float16-distribution')",
+            "soft.fallback (True, now False), soft.profile ('plain', now 'exact')",
         ),
         (
             ["cache.profile='dense'", "cache.max_first_order_error=0.02"],
@@ -344,7 +344,7 @@ def test_an_image_that_holds_no_cell_is_named(sized: RunConfig) -> None:
 class Ramps(targets.Target):
     """A third target: the pixel coordinates of every cell's centre. All that a target needs stands here."""
 
-    def spec(self, config: CacheConfig, classes: int) -> TargetSpec:  # noqa: ARG002
+    def spec(self, config: CacheConfig, classes: int, tile: int) -> TargetSpec:  # noqa: ARG002
         return TargetSpec(
             name="ramps", channels=2, coder=Raw(), bound=0.0, measures=("error",), bounded=("error",), parameters={}
         )
