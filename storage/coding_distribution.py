@@ -32,7 +32,7 @@ _TIMES[1:, 0] = np.log(np.arange(1, MOST_COUNTED + 1))
 _KNOWN = np.zeros(256, np.float32)
 """What is added to have the logarithms of those codes alone that have a probability of their own."""
 _KNOWN[[0, TOP]] = -np.inf
-_AHEAD = 1.001
+AHEAD = 1.001
 """How many times the next probability the argmax has at least, where the others leave less than that."""
 
 
@@ -139,7 +139,7 @@ class CompandedDistribution:
             index += sample
         each = looked_up(xp.reshape(known, (-1,)), index)
         others = xp.sum(each, axis=1, keepdims=True) + floors * xp.astype(classes - counted, xp.float32)
-        kept = xp.maximum(1 - others, _AHEAD * xp.maximum(xp.max(each, axis=1, keepdims=True), floors))
+        kept = xp.maximum(1 - others, AHEAD * xp.maximum(xp.max(each, axis=1, keepdims=True), floors))
         # Now each sample's table has a row for each of these numbers.
         logs = xp.reshape(logs[:, None, :] + xp.asarray(_TIMES, device=place), (-1,))
         index += 256 * times + MOST_COUNTED * sample

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from array_api_compat import array_namespace, device
 
+from segkd.storage.coding_distribution import AHEAD, RUNGS_OF_A_LADDER
 from segkd.storage.coding_exact import Array, from_float16, looked_up, require_log_probabilities
 from segkd.storage.errors import ConfigError
 from segkd.storage.prediction import ARGMAX, ARGMAX_KEPT, UNIT, VALUES, coarse_to_fine
@@ -25,9 +26,6 @@ FINEST = 360.0
 assert UNIT * FINEST * math.sqrt(0.5) + UNIT < VALUES
 PARTS = 1 << 14
 """What square roots of probabilities are counted in before they are normalised."""
-RUNGS_OF_A_LADDER = 250
-_AHEAD = 1.001
-"""How many times the next softened probability the argmax has at least, where the others leave less than that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +157,7 @@ class PredictedDistribution:
         roots = xp.clip(xp.astype(codes_SChw, xp.float32), min=self.floors[0] * UNIT)
         roots *= xp.astype(scales, xp.float32)[:, None, None, None]
         others = xp.where(codes_SChw < 0, 0, roots * roots)
-        kept = xp.maximum(1 - xp.sum(others, axis=1, keepdims=True), _AHEAD * xp.max(others, axis=1, keepdims=True))
+        kept = xp.maximum(1 - xp.sum(others, axis=1, keepdims=True), AHEAD * xp.max(others, axis=1, keepdims=True))
         decoded = xp.log(xp.where(codes_SChw < 0, kept, others))
         decoded *= self.temperature
         decoded -= xp.max(decoded, axis=1, keepdims=True)

@@ -28,18 +28,6 @@ TOLD = 5
 """Differences that a message names one by one."""
 
 
-def require_codec(name: str, coder: Coder, codec: str) -> None:
-    """Raises ConfigError for a codec that does not take what the coder of the target ``name`` gives."""
-    if codec == "context" and coder.dtype != np.uint8:
-        raise ConfigError(f"{name} is kept in {coder.dtype}, and the codec 'context' takes uint8 alone; choose 'zstd'")
-    foretold = isinstance(coder, PredictedDistribution)
-    if codec in ("zstd", "context", "residuals") and (codec == "residuals") != foretold:
-        raise ConfigError(
-            f"{name} is kept by {coder.kind} with the codec {codec!r}, but 'residuals' goes with "
-            f"{PredictedDistribution.kind} and with nothing else; choose these two together"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class TargetSpec:
     """One map derived from the teacher."""
@@ -63,7 +51,16 @@ class TargetSpec:
     """
 
     def __post_init__(self) -> None:
-        require_codec(self.name, self.coder, self.codec)
+        if self.codec == "context" and self.coder.dtype != np.uint8:
+            raise ConfigError(
+                f"{self.name} is kept in {self.coder.dtype}, and the codec 'context' takes uint8 alone; choose 'zstd'"
+            )
+        foretold = isinstance(self.coder, PredictedDistribution)
+        if self.codec in ("zstd", "residuals") and (self.codec == "residuals") != foretold:
+            raise ConfigError(
+                f"{self.name} is kept by {self.coder.kind} with the codec {self.codec!r}, but 'residuals' goes with "
+                f"{PredictedDistribution.kind} and with nothing else; choose these two together"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON keeps it."""

@@ -404,9 +404,10 @@ def test_values_are_foretold_within_tiles_of_the_cache() -> None:
 SIZES = ((20, 30), (7, 7), (3, 50), (16, 15))
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> tuple[Path, dict[str, npt.NDArray[np.int16]]]:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, npt.NDArray[np.int16]]]:
     """A cache of samples of several sizes, and their codes."""
+    path = tmp_path_factory.mktemp("predicted") / "cache.zarr"
     samples = [
         PlannedSample(
             id=f"{k:03}",
@@ -417,7 +418,7 @@ def cache(tmp_path: Path) -> tuple[Path, dict[str, npt.NDArray[np.int16]]]:
         for k, (height, width) in enumerate(SIZES)
     ]
     plan = plan_units(samples, unit_samples=2, tile=SIDE)
-    writer = CacheWriter(tmp_path / "cache.zarr", spec_of(soft()), plan)
+    writer = CacheWriter(path, spec_of(soft()), plan)
     codes = {
         sample.id: CODER.encode(smooth(4, *sample.mapping.shape, seed=k, sharpness=30.0), np.array([3]))[0]
         for k, sample in enumerate(samples)
@@ -434,13 +435,15 @@ def cache(tmp_path: Path) -> tuple[Path, dict[str, npt.NDArray[np.int16]]]:
         ]
         writer.write(unit, coded)
     assert writer.seal()
-    return tmp_path / "cache.zarr", codes
+    return path, codes
 
 
 @settings(max_examples=30)
 @given(data=st.data())
-def test_windows_are_parts_of_the_whole_map(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path, codes = CACHE.setdefault("made", cache.__wrapped__(tmp_path_factory.mktemp("predicted")))
+def test_windows_are_parts_of_the_whole_map(
+    cache: tuple[Path, dict[str, npt.NDArray[np.int16]]], data: st.DataObject
+) -> None:
+    path, codes = cache
     reader = CacheReader(path)
     name = data.draw(st.sampled_from(sorted(codes)))
     height, width = codes[name].shape[1:]
@@ -448,9 +451,6 @@ def test_windows_are_parts_of_the_whole_map(data: st.DataObject, tmp_path_factor
     bottom, right = data.draw(st.integers(top + 1, height)), data.draw(st.integers(left + 1, width))
     window = reader.window(reader.entry(name), "soft", range(top, bottom), range(left, right))
     np.testing.assert_array_equal(window, codes[name][:, top:bottom, left:right])
-
-
-CACHE: dict[str, tuple[Path, dict[str, npt.NDArray[np.int16]]]] = {}
 
 
 def test_zarr_reads_the_numbers_that_the_page_restores(
