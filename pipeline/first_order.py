@@ -8,12 +8,15 @@ Shapes: N maps (images or windows), C classes, h, w cells of the teacher's grid.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from types import EllipsisType
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 Features = Literal["softmax", "logits"]
+Slices: TypeAlias = tuple[EllipsisType, slice, slice]
 
 EPSILON = 1e-3
 """Where the distance between two cells goes over from a cone into a parabola, in units of the features.
@@ -52,9 +55,7 @@ def first_order_map(features_NChw: Tensor, exists_Nhw: Tensor | None = None) -> 
             exists_Nhw = torch.ones((count, height, width), dtype=torch.bool, device=features.device)
         total_Nhw = features.new_zeros(exists_Nhw.shape)
         neighbours_Nhw = torch.zeros_like(total_Nhw)
-        for down, right in _PAIRS:
-            here = (..., slice(0, height - down), slice(max(-right, 0), width - max(right, 0)))
-            there = (..., slice(down, height), slice(max(right, 0), width - max(-right, 0)))
+        for here, there in _pairs(height, width):
             both = (exists_Nhw[here] & exists_Nhw[there]).to(features.dtype)
             squared = (features[here] - features[there]).square().sum(1)
             # sqrt(s + e^2) - e without its cancellation: exactly 0 for equal cells.
@@ -63,6 +64,23 @@ def first_order_map(features_NChw: Tensor, exists_Nhw: Tensor | None = None) -> 
                 total_Nhw[side] += distance
                 neighbours_Nhw[side] += both
         return total_Nhw / neighbours_Nhw.clamp_min(1.0)
+
+
+def class_edges(classes_Nhw: Tensor, exists_Nhw: Tensor) -> Tensor:
+    """N,h,w, bool: whether a cell has a neighbour of another class, of those that exist (bool) as it does itself."""
+    edges_Nhw = torch.zeros_like(exists_Nhw)
+    for here, there in _pairs(*classes_Nhw.shape[1:]):
+        differ = (classes_Nhw[here] != classes_Nhw[there]) & exists_Nhw[here] & exists_Nhw[there]
+        for side in (here, there):
+            edges_Nhw[side] |= differ
+    return edges_Nhw
+
+
+def _pairs(height: int, width: int) -> Iterator[tuple[Slices, Slices]]:
+    """Of every two neighbours of a grid the one and, at the same place, the other."""
+    for down, right in _PAIRS:
+        here = (..., slice(0, height - down), slice(max(-right, 0), width - max(right, 0)))
+        yield here, (..., slice(down, height), slice(max(right, 0), width - max(-right, 0)))
 
 
 def _single_precision(values: Tensor) -> Tensor:

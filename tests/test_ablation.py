@@ -383,6 +383,33 @@ def test_a_record_of_another_run_is_refused_with_what_differs(
     )
 
 
+def test_a_record_that_is_older_than_a_setting_is_of_its_default(cached: Path, tmp_path: Path) -> None:
+    ledger, record = Ledger(tmp_path), record_of(read(cached), tmp_path, "zero", 7)
+    older = dict(record.identity["settings"])
+    assert older.pop("loss.label_smoothing") == 0.0
+    identity = record.identity | {"settings": older}
+    ledger.save(replace(record, identity=identity, digest=content_digest(identity)))
+    assert ledger.load("zero", 7, record.identity) is not None
+    changed = record.identity | {"settings": record.identity["settings"] | {"loss.label_smoothing": 0.1}}
+    with pytest.raises(RecordError, match=r"differs in loss\.label_smoothing \(0\.0, now 0\.1\);"):
+        ledger.load("zero", 7, changed)
+    # A kind of knowledge that it did not learn from is no setting that it is older than.
+    knowledge = {"knowledge.first_order.weight": 10.0, "knowledge.first_order.form": "softmax"}
+    with pytest.raises(RecordError, match=r"knowledge\.first_order\.weight \(None, now 10\.0\)"):
+        ledger.load("zero", 7, record.identity | {"settings": record.identity["settings"] | knowledge})
+
+
+def test_a_record_that_was_changed_is_refused(cached: Path, tmp_path: Path) -> None:
+    ledger, record = Ledger(tmp_path), record_of(read(cached), tmp_path, "zero", 7)
+    ledger.save(replace(record, identity=record.identity | {"distill": False}))
+    with pytest.raises(RecordError) as error:
+        ledger.load("zero", 7, record.identity)
+    assert str(error.value) == (
+        f"{tmp_path / 'zero.seed-7.json'}: its digest is not that of its identity, so the file was changed; "
+        "restore it, or remove it to run it again"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -41,6 +41,9 @@ KINDS: tuple[Knowledge, ...] = (
     ZeroOrder(form="squared", class_weighted=True),
     FirstOrder(),
     FirstOrder(form="logits"),
+    FirstOrder(teacher_map="recomputed"),
+    FirstOrder(near="edges"),
+    FirstOrder(teacher_map="recomputed", near="edges"),
     Dist(),
     Dist(temperature=2.0, inter=0.0, intra=3.0),
     Dist(temperature=0.5, inter=2.0, intra=0.5),
@@ -68,7 +71,7 @@ def parametrise_kinds(test: Any) -> Any:
 
 
 def example() -> tuple[Tensor, dict[str, Tensor], Cells]:
-    """Float64 student logits, the teacher's targets (0 where a cell is not valid) and the cells of four windows."""
+    """Float64 student logits, the teacher's targets (0 where a cell does not exist) and the cells of four windows."""
     generator = torch.Generator().manual_seed(5)
     logits, scores = 2 * torch.randn((2, 4, CLASSES, 3, 4), generator=generator, dtype=torch.float64)
     valid = torch.rand((4, 3, 4), generator=generator) < 0.7
@@ -77,8 +80,8 @@ def example() -> tuple[Tensor, dict[str, Tensor], Cells]:
     scores[0, 2] = -torch.inf
     maps = torch.rand((2, 4, 1, 3, 4), generator=generator, dtype=torch.float64)
     targets = {"soft": scores.log_softmax(1), "first_order": maps[0], "first_order_logits": maps[1]}
-    teacher = {name: target.masked_fill(~valid[:, None], 0.0) for name, target in targets.items()}
     exist = valid | (torch.rand(valid.shape, generator=generator) < 0.5)
+    teacher = {name: target.masked_fill(~exist[:, None], 0.0) for name, target in targets.items()}
     cells = Cells(
         valid_Shw=valid, exist_Shw=exist, crop_S=torch.tensor(CROP_OF_SOURCE), crops=3, class_weights_C=CLASS_WEIGHTS
     )
@@ -141,19 +144,26 @@ def first_order(kind: FirstOrder, crop: int) -> float:
     written = teacher["first_order" if kind.form == "softmax" else "first_order_logits"]
     values = []
     for s in np.flatnonzero(np.array(CROP_OF_SOURCE) == crop):
-        window = np.moveaxis(logits[s].numpy(), 0, -1)
-        features = np.apply_along_axis(softmax if kind.form == "softmax" else lambda x: x - x.mean(), -1, window)
+        own, known = (np.moveaxis(scores[s].numpy(), 0, -1) for scores in (logits, teacher["soft"]))
+        features = np.apply_along_axis(softmax if kind.form == "softmax" else lambda x: x - x.mean(), -1, own)
         for j, i in np.ndindex(3, 4):
             if not cells.valid_Shw[s, j, i]:
                 continue
             near = [
-                math.sqrt(np.square(features[j, i] - features[v, u]).sum() + EPSILON**2) - EPSILON
-                for v, u in np.ndindex(3, 4)
-                if max(abs(v - j), abs(u - i)) == 1 and cells.exist_Shw[s, v, u]
+                (v, u) for v, u in np.ndindex(3, 4) if max(abs(v - j), abs(u - i)) == 1 and cells.exist_Shw[s, v, u]
             ]
-            own = sum(near) / len(near) if near else 0.0
-            values.append((own - written[s, 0, j, i].item()) ** 2)
+            theirs = written[s, 0, j, i].item()
+            if kind.teacher_map == "recomputed":
+                theirs = mean_distance(np.apply_along_axis(softmax, -1, known), (j, i), near)
+            edge = any(known[j, i].argmax() != known[place].argmax() for place in near)
+            counts = edge or kind.near == "everywhere"
+            values.append((mean_distance(features, (j, i), near) - theirs) ** 2 if counts else 0.0)
     return float(np.mean(values))
+
+
+def mean_distance(features: Array, cell: tuple[int, int], near: list[tuple[int, int]]) -> float:
+    squared = [np.square(features[cell] - features[place]).sum() for place in near]
+    return float(np.mean([math.sqrt(value + EPSILON**2) - EPSILON for value in squared])) if near else 0.0
 
 
 REFERENCES: dict[str, Callable[[Any, Array, Array], float]] = {
@@ -254,6 +264,11 @@ def test_channel_wise_sees_what_is_unlikely() -> None:
     ("kind", "values", "message"),
     [
         (ZeroOrder, {"weight": -1.0}, "knowledge.zero_order.weight is -1.0; expected a finite number of at least 0"),
+        (
+            FirstOrder,
+            {"teacher_map": "recomputed", "form": "logits"},
+            'knowledge.first_order.teacher_map is recomputed; expected "stored", as form is "logits"',
+        ),
         (FirstOrder, {"weight": math.nan}, "knowledge.first_order.weight is nan; expected a finite number of at least"),
         (ZeroOrder, {"temperature": 0.0}, "knowledge.zero_order.temperature is 0.0; expected a finite number above 0"),
         (Dist, {"temperature": math.inf}, "knowledge.dist.temperature is inf; expected a finite number above 0 (1 ="),
@@ -266,7 +281,7 @@ def test_channel_wise_sees_what_is_unlikely() -> None:
         (ChannelWise, {"temperature": -1.0}, "knowledge.channel_wise.temperature is -1.0; expected a finite number"),
     ],
 )
-def test_bad_settings(kind: Callable[..., object], values: dict[str, float], message: str) -> None:
+def test_bad_settings(kind: Callable[..., object], values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         kind(**values)
     assert str(error.value).startswith(message)

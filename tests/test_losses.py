@@ -49,6 +49,7 @@ KNOWN = {
     "squared at T=2": alone(ZeroOrder(form="squared", temperature=2.0)),
     "first-order of softmax": alone(FirstOrder()),
     "first-order of logits": alone(FirstOrder(form="logits")),
+    "first-order, recomputed": alone(FirstOrder(teacher_map="recomputed")),
 }
 """With a reference here, from the logits of the crops on; the references of the others start at the cells, see
 test_knowledge.py."""
@@ -103,7 +104,7 @@ def example() -> tuple[Tensor, Batch, dict[str, Tensor]]:
     given = sources()
     scores = torch.randn((4, CLASSES, 6, 7), generator=generator) * 2
     scores[:, 1, :, ::3] = -torch.inf
-    maps = torch.rand((2, 4, 1, 6, 7), generator=generator).masked_fill(~given.counts_first_Shw[:, None], torch.nan)
+    maps = torch.rand((2, 4, 1, 6, 7), generator=generator).masked_fill(~given.counts_Shw[:, None], torch.nan)
     decoded = {
         "soft": scores.log_softmax(1).masked_fill(~given.counts_Shw[:, None], torch.nan),
         "first_order": maps[0],
@@ -175,7 +176,11 @@ def reference(logits: npt.NDArray[np.float64], objective: Objective, weights: Te
                 teacher = decoded["soft"][s, :, j, i].double().numpy()
                 values.setdefault(crop, []).append(zero_order_of_cell(teacher, cells[j, i], kind))
             if isinstance(kind, FirstOrder) and batch.sources.counts_first_Shw[s, j, i]:
-                written = decoded[objective.targets[0]][s, 0, j, i].item()
+                if kind.teacher_map == "recomputed":
+                    known = decoded["soft"][s].double().permute(1, 2, 0).numpy()
+                    written = first_order_of_cell(known, j, i, size, kind.form)
+                else:
+                    written = decoded[objective.targets[0]][s, 0, j, i].item()
                 own = first_order_of_cell(cells, j, i, size, kind.form)
                 values.setdefault(crop, []).append((written - own) ** 2)
     assert set(values) == ({0, 2} if kind.on == "all" else {2})
@@ -240,6 +245,9 @@ def test_terms_at_weight_0_read_nothing(objective: Objective) -> None:
 def test_needed_targets() -> None:
     assert Objective(knowledge=(ZeroOrder(), FirstOrder(), Dist(weight=1.0))).targets == ("soft", "first_order")
     assert Objective(knowledge=(ZeroOrder(weight=0.0), FirstOrder(form="logits"))).targets == ("first_order_logits",)
+    recomputed = FirstOrder(teacher_map="recomputed")
+    assert Objective(knowledge=(ZeroOrder(), recomputed)).targets == ("soft",)
+    assert Objective(knowledge=(FirstOrder(near="edges"),)).targets == ("first_order", "soft")
     assert Objective().targets == ()
 
 

@@ -37,6 +37,8 @@ def test_each_kind_declares_what_it_reads() -> None:
     assert Dist(temperature=2.0).needs() == (Need(target="soft", temperatures=(2.0,)),)
     assert FirstOrder().needs() == (Need(target="first_order"),)
     assert FirstOrder(form="logits").needs() == (Need(target="first_order_logits"),)
+    assert FirstOrder(teacher_map="recomputed").needs() == (Need(target="soft", temperatures=(1.0,)),)
+    assert FirstOrder(near="edges").needs() == (Need(target="first_order"), Need(target="soft"))
     assert PseudoLabels().needs() == (Need(target="soft"),)
     assert PseudoLabels(form="confidence").needs() == (Need(target="soft", temperatures=(1.0,)),)
     (need,) = ChannelWise().needs()

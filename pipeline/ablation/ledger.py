@@ -119,8 +119,12 @@ class Ledger:
         if not path.exists():
             return None
         record = parse(RunRecord, _read(path), place=str(path))
-        if record.digest != content_digest(identity):
-            different = differences(record.identity, identity) or ["its digest alone: the file was changed"]
+        if record.digest != content_digest(record.identity):
+            raise RecordError(
+                f"{path}: its digest is not that of its identity, so the file was changed; "
+                "restore it, or remove it to run it again"
+            )
+        if different := differences(record.identity, identity):
             raise RecordError(
                 f"{path} is the record of a run that differs in {', '.join(different)}; "
                 "name another folder in ablate.ledger, or remove the record to run it again"

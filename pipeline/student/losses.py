@@ -186,6 +186,6 @@ def _knowledge(
 ) -> Tensor:
     """Summed over the crops that have a valid cell."""
     cells = kind.cells(batch, class_weights)
-    invalid_S1hw = ~cells.valid_Shw[:, None]
-    teacher = {need.target: decoded[need.target].masked_fill(invalid_S1hw, 0.0) for need in kind.needs()}
+    absent_S1hw = ~cells.exist_Shw[:, None]
+    teacher = {need.target: decoded[need.target].masked_fill(absent_S1hw, 0.0) for need in kind.needs()}
     return kind.crop_values(aligned_SChw, teacher, cells).where(cells.any(), 0.0).sum()

@@ -113,7 +113,7 @@ class Knowledge(ABC):
         """N: how far the student is from the teacher in each crop; what crops without a valid cell get is not used.
 
         ``logits_SChw`` are the student's, brought to the teacher's cells. ``teacher`` has the targets of :meth:`needs`
-        in the cache's names, (S,channels,h,w), 0 where a cell is not valid; of log-probabilities -inf is legal.
+        in the cache's names, (S,channels,h,w), 0 where a cell does not exist; of log-probabilities -inf is legal.
         """
 
     def cells(self, batch: Batch, class_weights_C: Tensor | None = None) -> Cells:
