@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from segkd.pipeline.evaluation.speed import count_flops, count_parameters
 from segkd.pipeline.models.deeplab import DeepLabV2, SummedASPP, deeplab_mobilenetv1, deeplabv2_resnet101
-from segkd.pipeline.models.layers import Network
+from segkd.pipeline.models.layers import DilatedDepthwise, Network
 from segkd.pipeline.models.mobilenet import MobileNetV1, MobileNetV2
 from segkd.pipeline.models.network import SegmentationNetwork
 from segkd.pipeline.models.references import BUILT_IN
@@ -184,6 +184,37 @@ class Last(nn.Module):
 
     def forward(self, features: tuple[Tensor, Tensor]) -> Tensor:
         return features[1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    dilation=st.integers(2, 6),
+    kernel=st.sampled_from([3, 5]),
+    channels_last=st.booleans(),
+    bias=st.booleans(),
+)
+def test_a_dilated_depthwise_convolution_is_torchs(
+    size: tuple[int, int], dilation: int, kernel: int, channels_last: bool, bias: bool
+) -> None:
+    padding = dilation * (kernel - 1) // 2
+    layer = DilatedDepthwise(3, 3, kernel, 1, padding, dilation, groups=3, bias=bias).double()
+    features = torch.randn((2, 3, *size), dtype=torch.float64)
+    if channels_last:
+        features = features.contiguous(memory_format=torch.channels_last)
+    wanted = [features.requires_grad_(), *layer.parameters()]
+
+    def learned(training: bool) -> list[Tensor]:
+        output = layer.train(training)(features)
+        return [output, *torch.autograd.grad(output.sin().sum(), wanted)]
+
+    for mine, torchs in zip(learned(training=True), learned(training=False), strict=True):
+        torch.testing.assert_close(mine, torchs)
+
+
+def test_dilated_backbones_use_it() -> None:
+    network = deeplab_mobilenetv1(3, width=0.25)
+    assert [layer.dilation[0] for layer in network.modules() if isinstance(layer, DilatedDepthwise)] == [2] * 6 + [4]
 
 
 @torch.no_grad()
