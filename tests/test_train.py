@@ -419,6 +419,18 @@ def test_resuming_another_run_is_refused(run: RunConfig, tmp_path: Path) -> None
         train(change(run, auxiliary=0), tmp_path, resume=True, distill=False)
 
 
+def test_a_run_that_is_older_than_a_setting_is_resumed(labels_only: RunConfig, tmp_path: Path) -> None:
+    first = train(labels_only, tmp_path, distill=False)
+    description, tensors = checkpoint.load(tmp_path / "last.safetensors")
+    older = json.loads(json.dumps(description.run))
+    assert older["knowledge"]["first_order"].pop("near") == "everywhere"
+    checkpoint.save(tmp_path / "last.safetensors", replace(description, run=older), tensors)
+    assert train(labels_only, tmp_path, distill=False, resume=True) == {**first, "steps_done_before": 12}
+    edges = replace(labels_only.knowledge, first_order=replace(labels_only.knowledge.first_order, near="edges"))
+    with pytest.raises(CheckpointError, match=r"knowledge\.first_order\.near \('everywhere', now 'edges'\); resume"):
+        train(replace(labels_only, knowledge=edges), tmp_path, distill=False, resume=True)
+
+
 def test_resuming_with_other_samples_is_refused(labels_only: RunConfig, tmp_path: Path) -> None:
     write_data(tmp_path / "data")
     run = replace(labels_only, data=replace(labels_only.data, root=str(tmp_path / "data")))

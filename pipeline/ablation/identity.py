@@ -18,13 +18,9 @@ from segkd.pipeline.ablation.arms import Arm, effective
 from segkd.pipeline.config import RunConfig
 from segkd.pipeline.data.contents import Content, read_contents
 from segkd.pipeline.data.sample import DataSource, Role, Sample, with_role
-from segkd.pipeline.data.transforms import AugmentConfig
 from segkd.pipeline.models.references import described
 from segkd.pipeline.progress import SILENT, Progress
-from segkd.pipeline.settings import to_dict
-from segkd.pipeline.student.config import TrainConfig
-from segkd.pipeline.student.knowledge.config import KnowledgeConfig
-from segkd.pipeline.student.losses import LossConfig
+from segkd.pipeline.student.resuming import with_defaults
 from segkd.pipeline.teacher.fingerprints import code_of, content_digest, content_of, portable
 from segkd.storage.differences import difference, leaves
 
@@ -93,13 +89,10 @@ def identity_of(
 
 def differences(held: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What two identities differ in, for people.
-
-    A setting that ``held`` does not know among those of its table, because the project has gained it since, stood at
-    its default: what is new is off, or does what was done before, until somebody asks for it.
+    Of settings that ``held`` is older than see :func:`segkd.pipeline.student.resuming.with_defaults`.
     """
     before, after = dict(leaves(held)), dict(leaves(now))
-    tables = {_table(key) for key in before}
-    before = {key: value for key, value in _defaults().items() if _table(key) in tables and key in after} | before
+    before = with_defaults(before, after, "settings.")
     found = []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key):
@@ -114,16 +107,6 @@ def differences(held: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         else:
             found.append(difference(key.removeprefix("settings."), before.get(key), after.get(key)))
     return found
-
-
-def _table(key: str) -> str:
-    return key.rpartition(".")[0]
-
-
-def _defaults() -> dict[str, Any]:
-    """The settings of an identity as they are where a run file names none."""
-    tables = {"augment": AugmentConfig(), "knowledge": KnowledgeConfig(), "loss": LossConfig(), "train": TrainConfig()}
-    return dict(leaves({"settings": {name: _finite(to_dict(table)) for name, table in tables.items()}}))
 
 
 def _finite(value: Any) -> Any:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from segkd.pipeline.data.transforms import AugmentConfig
+from segkd.pipeline.settings import to_dict
 from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.checkpoint import Description
+from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.folder import RunFolder
+from segkd.pipeline.student.knowledge.config import KnowledgeConfig
+from segkd.pipeline.student.losses import LossConfig
 from segkd.storage.differences import difference, leaves
 from segkd.storage.errors import CheckpointError
 
@@ -44,7 +51,8 @@ def last_checkpoint(folder: RunFolder) -> tuple[Description, dict[str, Tensor]] 
 
 def require_same(held: Description, now: Description, path: Path) -> None:
     """Raises CheckpointError that names what differs between the run of the checkpoint at ``path`` and this one."""
-    before, after = dict(leaves(held.run)), dict(leaves(now.run))
+    after = dict(leaves(now.run))
+    before = with_defaults(dict(leaves(held.run)), after)
     whose = "cache's" if now.run["train"]["teacher_view"] == "cache" else "teacher's"
     differing = [
         # Nobody can read a digest.
@@ -61,6 +69,22 @@ def require_same(held: Description, now: Description, path: Path) -> None:
             f"{path} is of a run that differs in {', '.join(differing)}; resume it as it was begun, "
             "begin anew with --overwrite, or name another output folder"
         )
+
+
+def with_defaults(held: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``held``, with settings of ``now`` that it does not know among those of their table at their defaults.
+
+    The project has gained them since, and what is new is off, or does what was done before, until somebody asks for
+    it. Both are settings by dotted key after ``prefix``, JSON-ready.
+    """
+    tables = {"augment": AugmentConfig(), "knowledge": KnowledgeConfig(), "loss": LossConfig(), "train": TrainConfig()}
+    defaults = leaves({name: to_dict(table) for name, table in tables.items()}, prefix)
+    known = {_table(key) for key in held}
+    return {key: value for key, value in defaults if key in now and _table(key) in known} | dict(held)
+
+
+def _table(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def is_harmless(key: str) -> bool:
