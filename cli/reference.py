@@ -84,7 +84,8 @@ def configuration_page() -> str:
         "Paths are relative to the working directory unless the key says otherwise. "
         "`--print-config` prints the file that a command works with. "
         'A run file that begins with `extends = "other.toml"` (relative to its own folder) changes that one: tables '
-        "are joined key by key, of any other value its own stands. It can change what it inherits, and not remove it."
+        "are joined key by key, of any other value its own stands. It can change what it inherits, and not remove it; "
+        "but a `[teacher]` or `[student]` with a `reference` of its own inherits nothing of another network's."
     )
     for kind, keys in tables.items():
         parts += [f"## {', '.join(places[kind])}", " ".join([_prose(inspect.getdoc(kind) or ""), *accuracy(kind)])]

@@ -59,8 +59,9 @@ class TomlFile:
 def read_toml(path: str | Path) -> TomlFile:
     """The tables of a TOML file, put over those of the file that it ``extends``, if it does.
 
-    Tables are joined key by key; of any other value the later one stands. Raises ConfigError for a file that is absent
-    or cannot be read, with the line, and for files that extend each other.
+    Tables are joined key by key; of any other value the later one stands. A table that names its ``reference`` is the
+    description of a network, all of it: another network's arguments are none of its own. Raises ConfigError for a file
+    that is absent or cannot be read, with the line, and for files that extend each other.
     """
     return _read_toml(Path(path), ())
 
@@ -80,7 +81,9 @@ def _read_toml(path: Path, extending: tuple[Path, ...]) -> TomlFile:
         base = _read_toml(path.parent / name, (*extending, path.resolve()))
     except ConfigError as error:
         raise ConfigError(f"{error} (extended by {path})") from None
-    return TomlFile(joined(base.tables, tables), f"{path}, which extends {base.place}")
+    others = {name for name, table in tables.items() if isinstance(table, dict) and "reference" in table}
+    inherited = {name: table for name, table in base.tables.items() if name not in others}
+    return TomlFile(joined(inherited, tables), f"{path}, which extends {base.place}")
 
 
 def joined(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,10 +18,13 @@ from PIL import Image
 from segkd.cli.main import main
 from segkd.pipeline.ablation.arms import AUXILIARY, effective, resolve_arms
 from segkd.pipeline.ablation.config import LADDER
+from segkd.pipeline.ablation.identity import read_held
 from segkd.pipeline.ablation.ledger import Images, Ledger, RunRecord, Seen
-from segkd.pipeline.ablation.longer import measure_longer, stage_1_seconds
+from segkd.pipeline.ablation.longer import circumstances, measure_longer, stage_1_seconds
 from segkd.pipeline.ablation.sweep import plan_sweep
 from segkd.pipeline.config import RunConfig, load
+from segkd.pipeline.data.config import DataConfig
+from segkd.pipeline.data.readers import open_data
 from segkd.pipeline.data.sample import Role
 from segkd.pipeline.models.references import described
 from segkd.pipeline.settings import parse
@@ -192,6 +195,18 @@ def test_arms_of_one_seed_see_labelled_samples_in_one_order(cached: Path) -> Non
             "arm own reports on other samples than the run file, so nothing compares with it; "
             "leave role report as it is",
         ),
+        (
+            ['ablate.arms.own.set=["train.seed=5"]'],
+            "arm own: train.seed is the sweep's, the same for all arms; set it in [ablate]",
+        ),
+        (
+            ['ablate.arms.own.set=["ablate.margin=1"]'],
+            "arm own: ablate.margin is the sweep's, the same for all arms; set it in [ablate]",
+        ),
+        (
+            ['ablate.arms.own={like="zero", set=["train.batch_norm=\'labelled\'"]}'],
+            "arms zero and own are the same settings in this run file; leave one of them out",
+        ),
     ],
 )
 def test_arms_that_cannot_be(cached: Path, settings: list[str], expected: str) -> None:
@@ -280,6 +295,27 @@ def test_identities_depend_on_what_the_samples_hold(
         assert changed == (set(AUXILIARY) if kind == "images" else set())
     else:
         assert changed == {name.split(",")[0] for name in before}
+
+
+def test_identities_depend_on_what_is_excluded(tmp_path: Path) -> None:
+    """In the labels it is 255 like all that is ignored, but the teacher's word does not count there either."""
+    for folder in ("images/train", "labels/train", "images/val", "labels/val"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8, 3) if "images" in folder else (8, 8), 3, np.uint8)).save(
+            tmp_path / folder / "a.png"
+        )
+    digests = set()
+    for meaning in ("ignore", "exclude", "road"):
+        config = DataConfig(
+            reader="folder",
+            root=str(tmp_path),
+            classes=("road", "sky"),
+            folders={Role.TRAIN: ("train",), Role.REPORT: ("val",)},
+            label_values={"0-1": "sky", "3": meaning},
+        )
+        source = open_data(config)
+        digests.add(read_held(source).digest(source, Role.TRAIN))
+    assert len(digests) == 3
 
 
 def test_identities_of_distilled_arms_alone_depend_on_the_teacher(cached: Path, tmp_path: Path) -> None:
@@ -399,6 +435,17 @@ def test_a_record_that_is_older_than_a_setting_is_of_its_default(cached: Path, t
         ledger.load("zero", 7, record.identity | {"settings": record.identity["settings"] | knowledge})
 
 
+def test_a_record_of_another_format_is_refused(cached: Path, tmp_path: Path) -> None:
+    ledger, record = Ledger(tmp_path), record_of(read(cached), tmp_path, "zero", 7)
+    ledger.save(replace(record, version=2))
+    with pytest.raises(RecordError) as error:
+        ledger.load("zero", 7, record.identity)
+    assert str(error.value) == (
+        f"{tmp_path / 'zero.seed-7.json'}: segkd-run-record 2, and this segkd reads segkd-run-record 1; "
+        "use the segkd that wrote it, or remove it to run it again"
+    )
+
+
 def test_a_record_that_was_changed_is_refused(cached: Path, tmp_path: Path) -> None:
     ledger, record = Ledger(tmp_path), record_of(read(cached), tmp_path, "zero", 7)
     ledger.save(replace(record, identity=record.identity | {"distill": False}))
@@ -439,9 +486,10 @@ def test_a_record_whose_matrices_are_damaged_is_refused(cached: Path, tmp_path: 
 
 
 def test_the_first_to_settle_a_plan_settles_it_for_all(tmp_path: Path) -> None:
-    assert Ledger(tmp_path).settle({"longer": 1.5}) == {"longer": 1.5}
-    assert Ledger(tmp_path).settle({"longer": 2.5}) == {"longer": 1.5}
-    assert Ledger(tmp_path).settled() == {"longer": 1.5}
+    first, second = ({"longer": longer, "of": {}} for longer in (1.5, 2.5))
+    assert Ledger(tmp_path).settle(first) == first
+    assert Ledger(tmp_path).settle(second) == first
+    assert Ledger(tmp_path).settled() == first
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
@@ -449,11 +497,40 @@ def test_a_settled_length_is_kept_and_a_set_one_needs_no_measuring(cached: Path,
     ledger = f"ablate.ledger='{tmp_path}'"
     fixed = planned(cached, ledger, "ablate.longer=3.0")
     assert "alone-longer, seed 0" not in planned(cached, ledger)
-    Ledger(tmp_path).settle({"longer": 3.0})
+    Ledger(tmp_path).settle({"longer": 3.0, "of": circumstances(read(cached))})
     assert planned(cached, ledger) == fixed
     assert message(ConfigError, cached, ledger, "ablate.longer=2") == (
         f"ablate.longer is 2, but {tmp_path / 'plan.json'} has settled on 3; "
         "leave it out, or name another folder in ablate.ledger"
+    )
+
+
+def test_a_length_that_was_settled_for_another_run_is_refused(cached: Path, tmp_path: Path) -> None:
+    """One that a trial of a few steps has measured, say."""
+    ledger = f"ablate.ledger='{tmp_path}'"
+    Ledger(tmp_path).settle({"longer": 3.0, "of": circumstances(read(cached))})
+    assert message(ConfigError, cached, ledger, "train.steps=600", "student.arguments={ a = 1 }") == (
+        f"{tmp_path / 'plan.json'} has the length of alone-longer for another run, which differs in train.steps "
+        "(2, now 600), student.arguments.a (None, now 1); name another folder in ablate.ledger, remove the file to "
+        "measure anew, or set ablate.longer"
+    )
+
+
+def test_a_damaged_plan_is_refused(cached: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    assert message(RecordError, cached, f"ablate.ledger='{tmp_path}'") == (
+        f"{tmp_path / 'plan.json'}: not what a sweep has settled; restore it, or remove it to measure anew"
+    )
+
+
+def test_a_length_that_follows_from_an_arm_that_cannot_be(cached: Path, tmp_path: Path) -> None:
+    settings = "train.auxiliary=0", "ablate.ladder=['alone', 'alone-longer']", f"ablate.ledger='{tmp_path}'"
+    with pytest.raises(ConfigError) as error:
+        plan_sweep(read(cached, *settings), tmp_path)
+    assert str(error.value) == (
+        "the length of alone-longer follows from the time of auxiliary-zero-first, but arm auxiliary-zero-first needs "
+        "train.auxiliary above 0, and the run file has 0; give it, or leave arms out of ablate.ladder; "
+        "set ablate.longer to the factor yourself, or leave alone-longer out of ablate.ladder"
     )
 
 
@@ -587,6 +664,16 @@ def test_an_arm_that_would_learn_nothing_of_the_teacher_is_refused_when_planned(
         'arm zero: knowledge.zero_order.on is "auxiliary", but train.auxiliary is 0, so it would never act; raise '
         'train.auxiliary, set on = "all", or knowledge.zero_order.weight = 0'
     )
+
+
+def test_an_own_arm_without_the_one_that_it_is_like_is_warned_of(
+    cached: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = 'ablate.arms.own={like="zero", set=["knowledge.zero_order.weight=2"]}'
+    planned(cached, own)
+    assert caplog.messages == []
+    planned(cached, own, "ablate.ladder=['alone']")
+    assert caplog.messages == ["arm own is compared with nothing: zero, which it is like, is not in ablate.ladder"]
 
 
 def test_a_sweep_needs_samples_to_report_on(cached: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from segkd.pipeline.data.check import DataReport, check
 from segkd.pipeline.data.config import DataConfig
@@ -101,6 +102,22 @@ def test_every_bad_file_is_named(tmp_path: Path) -> None:
     ]
     assert report.sizes == {(24, 24): 4}
     assert sum(report.pixels["train"]) == 24 * 24
+
+
+def test_labelled_images_that_exif_turns_are_warned_of(tmp_path: Path) -> None:
+    for stem in ("train/a", "train/b", "val/c"):
+        put(tmp_path, stem, [[0, 1], [1, 0]])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    for stem in ("train/b", "val/c"):
+        file = tmp_path / f"images/{stem}.png"
+        Image.open(file).save(file, exif=exif)
+    report = check(folder(tmp_path))
+    assert report.ok
+    assert messages(report, "warning")[0] == (
+        f"sample 'val/c' (report, {tmp_path}/images/val/c.png) is turned upright by its EXIF data (as is every one of "
+        "2 labelled images): its label map must show it upright too, unless it has the same EXIF data"
+    )
 
 
 def test_values_without_a_meaning_are_one_complaint_with_a_table_that_mends_it(tmp_path: Path) -> None:
@@ -226,6 +243,23 @@ def test_draft_of_two_folders(tmp_path: Path) -> None:
     assert (config.images, config.labels, config.label_values) == ("images", "labels", {})
     assert config.classes == ("class0", "class1", "class2", "class3")
     assert roles == {"training/a": "train", "validation/b": "report"}
+
+
+def test_draft_of_pairs_of_folders_learns_from_the_one_to_train_on(tmp_path: Path) -> None:
+    """However many images are there to score; the others are named."""
+    for split, count in (("test", 3), ("train", 2), ("val", 3)):
+        for number in range(count):
+            save(tmp_path / f"{split}/{split}{number}.jpg", np.full((4, 4, 3), number))
+            save(tmp_path / f"{split}_labels/{split}{number}_L.png", [[0, 1], [1, 0]])
+    text = draft(tmp_path)
+    config = parse(DataConfig, tomllib.loads(text)["data"])
+    assert (config.images, config.labels, config.folders) == ("train", "train_labels", {"train": (".",)})
+    for split in ("test", "val"):
+        assert f"\n# Left out: 3 images of {split} with label maps in {split}_labels. To use them, bring all" in text
+    shutil.rmtree(tmp_path / "train")
+    shutil.rmtree(tmp_path / "val")
+    config = parse(DataConfig, tomllib.loads(draft(tmp_path))["data"])
+    assert (config.images, config.folders) == ("test", {"report": (".",)})
 
 
 def test_draft_of_grey_images(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from segkd.pipeline.data.config import DataConfig
 from segkd.pipeline.data.labels import LabelMap, colour_key, describe
+from segkd.pipeline.data.layouts.ade20k import ADE20K
 from segkd.pipeline.data.layouts.camvid import SEGNET
 from segkd.storage.errors import ConfigError, DataError
 
@@ -120,6 +121,21 @@ def test_camvid_with_other_classes_has_no_void_of_its_own() -> None:
     classes, label_map = describe(DataConfig(reader="camvid", classes=tuple("abcdefghijklm")), SEGNET)
     assert len(classes) == 13
     assert label_map(np.array([[11, 255]], np.uint8), FILE).tolist() == [[11, 255]]
+
+
+def test_classes_of_ones_own_need_a_meaning_where_published_values_are_no_indices() -> None:
+    """Value 1 of ADE20K is its first class: by position it would silently be the second."""
+    ade20k = ADE20K[0]
+    with pytest.raises(ConfigError) as error:
+        describe(DataConfig(reader="ade20k", classes=("wall", "rest")), ade20k)
+    assert str(error.value) == (
+        "data.classes names classes of your own, and nothing says what the label maps of ADE20K (ADEChallengeData2016) "
+        "are in terms of them: value 1 is 'wall' there; map every value in [data.label_values], or leave data.classes "
+        "out"
+    )
+    values = {"0": "ignore", "1": "wall", "2-150": "rest"}
+    classes, _ = describe(DataConfig(reader="ade20k", classes=("wall", "rest"), label_values=values), ade20k)
+    assert classes.names == ("wall", "rest")
 
 
 def test_published_values_keep_their_meaning_but_for_those_that_are_given() -> None:

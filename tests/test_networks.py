@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from segkd.pipeline.evaluation.speed import count_flops, count_parameters
 from segkd.pipeline.models.deeplab import DeepLabV2, SummedASPP, deeplab_mobilenetv1, deeplabv2_resnet101
-from segkd.pipeline.models.layers import DilatedDepthwise, Network
+from segkd.pipeline.models.layers import ConvBN, DilatedDepthwise, Network
 from segkd.pipeline.models.mobilenet import MobileNetV1, MobileNetV2
 from segkd.pipeline.models.network import SegmentationNetwork
 from segkd.pipeline.models.references import BUILT_IN
@@ -210,6 +210,13 @@ def test_a_dilated_depthwise_convolution_is_torchs(
 
     for mine, torchs in zip(learned(training=True), learned(training=False), strict=True):
         torch.testing.assert_close(mine, torchs)
+
+
+@pytest.mark.parametrize("channels", [(1, 4), (2, 6), (1, 1)])
+def test_channels_that_multiply_are_torchs_own(channels: tuple[int, int]) -> None:
+    features = torch.randn(2, channels[0], 16, 16)
+    layer = ConvBN(*channels, 3, dilation=2, groups=channels[0]).train()
+    assert layer(features).shape == (2, channels[1], 16, 16)
 
 
 def test_dilated_backbones_use_it() -> None:

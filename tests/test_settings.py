@@ -180,6 +180,18 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         assert str(caught.value) == f"{path}: {expected}"
 
 
+def test_a_network_inherits_nothing_of_another(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('[student]\nreference = "a"\narguments = { width = 0.5 }\n[train]\nsteps = 3\n')
+    top = 'extends = "base.toml"\n[student]\n'
+    for own, expected in (
+        ('reference = "b"', {"reference": "b"}),
+        ('reference = "a"', {"reference": "a"}),
+        ("stride = 4", {"reference": "a", "arguments": {"width": 0.5}, "stride": 4}),
+    ):
+        (tmp_path / "own.toml").write_text(top + own)
+        assert read_toml(tmp_path / "own.toml").tables == {"student": expected, "train": {"steps": 3}}
+
+
 def test_a_file_extends_another(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "base.toml").write_text(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -484,3 +485,14 @@ def test_code_of_an_importable_module_counts_by_its_file(
         else:
             teacher_cache(named)
     sys.modules.pop("segkd_test_module", None)
+
+
+def test_the_log_of_a_cache_that_is_gone_is_begun_anew(sized: RunConfig) -> None:
+    """Else the time of stage 1 would be that of both."""
+    log = Path(f"{sized.cache.path}.log")
+    teacher_cache(sized)
+    lines = log.read_text().splitlines()
+    shutil.rmtree(sized.cache.path)
+    teacher_cache(sized)
+    units = [json.loads(line)["unit"] for line in log.read_text().splitlines()]
+    assert sorted(units) == sorted(json.loads(line)["unit"] for line in lines)

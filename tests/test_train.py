@@ -31,7 +31,7 @@ from segkd.pipeline.data.sample import Role, with_role
 from segkd.pipeline.evaluation.scores import score
 from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.models.predictor import Predictor
-from segkd.pipeline.models.references import load_network
+from segkd.pipeline.models.references import described, load_network
 from segkd.pipeline.progress import Task
 from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.checkpoint import network_from_checkpoint
@@ -45,6 +45,7 @@ from segkd.pipeline.student.knowledge.first_order import FirstOrder
 from segkd.pipeline.student.knowledge.pseudo_labels import PseudoLabels
 from segkd.pipeline.student.knowledge.zero_order import ZeroOrder
 from segkd.pipeline.student.losses import LossConfig
+from segkd.pipeline.student.resuming import require_same
 from segkd.pipeline.student.runtime import torch_settings
 from segkd.pipeline.student.train import TrainingStopped, train
 from segkd.pipeline.student.trainer import Trainer
@@ -420,15 +421,60 @@ def test_resuming_another_run_is_refused(run: RunConfig, tmp_path: Path) -> None
 
 
 def test_a_run_that_is_older_than_a_setting_is_resumed(labels_only: RunConfig, tmp_path: Path) -> None:
+    """Or than a kind of knowledge, as if it had its default."""
     first = train(labels_only, tmp_path, distill=False)
-    description, tensors = checkpoint.load(tmp_path / "last.safetensors")
-    older = json.loads(json.dumps(description.run))
-    assert older["knowledge"]["first_order"].pop("near") == "everywhere"
-    checkpoint.save(tmp_path / "last.safetensors", replace(description, run=older), tensors)
+    last = tmp_path / "last.safetensors"
+    description, tensors = checkpoint.load(last)
+    changed = json.loads(json.dumps(description.run))
+    changed["train"]["steps"] = 13
+    for key in (
+        "knowledge.first_order.near",
+        "knowledge.channel_wise",
+        "loss.label_smoothing",
+        "train.most_entropy",
+        "train.class_weights",
+        "student.preprocessing.pad",
+        "data.compare_contents",
+        "data.scenes.clutter",
+    ):
+        older = json.loads(json.dumps(description.run))
+        *tables, name = key.split(".")
+        table = older
+        for of in tables:
+            table = table[of]
+        del table[name]
+        held = replace(description, run=older)
+        require_same(held, description, last)
+        with pytest.raises(CheckpointError, match=r"differs in train\.steps \(12, now 13\); resume"):
+            require_same(held, replace(description, run=changed), last)
+    checkpoint.save(last, held, tensors)
     assert train(labels_only, tmp_path, distill=False, resume=True) == {**first, "steps_done_before": 12}
-    edges = replace(labels_only.knowledge, first_order=replace(labels_only.knowledge.first_order, near="edges"))
+    edges = replace(labels_only.knowledge, first_order=FirstOrder(near="edges"))
     with pytest.raises(CheckpointError, match=r"knowledge\.first_order\.near \('everywhere', now 'edges'\); resume"):
         train(replace(labels_only, knowledge=edges), tmp_path, distill=False, resume=True)
+
+
+def test_crops_that_are_mostly_padding_are_warned_of(labels_only: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    student = described(labels_only.the_student())
+    for crop, warned in (((64, 64), False), ((6400, 64), True)):
+        caplog.clear()
+        run = replace(labels_only, augment=replace(labels_only.augment, crop=crop))
+        open_inputs(run, student, distill=False)
+        assert [message for message in caplog.messages if "augment.crop" in message] == (
+            [
+                f"augment.crop is 6400 x 64, and {first_image(run)}: at the largest augment.scale, "
+                f"{run.augment.scale[1]:g}, more than half of a crop is padding; lower augment.crop"
+            ]
+            if warned
+            else []
+        )
+
+
+def first_image(run: RunConfig) -> str:
+    source = open_data(run.data)
+    sample = with_role(source, Role.TRAIN, Role.AUXILIARY)[0]
+    height, width = source.size(sample)
+    return f"{sample.id} has {height} x {width} pixels"
 
 
 def test_resuming_with_other_samples_is_refused(labels_only: RunConfig, tmp_path: Path) -> None:

@@ -35,6 +35,10 @@ def promised(done: Path) -> CacheSpec:
 def test_each_kind_declares_what_it_reads() -> None:
     assert ZeroOrder(temperature=4.0).needs() == (Need(target="soft", temperatures=(4.0,)),)
     assert Dist(temperature=2.0).needs() == (Need(target="soft", temperatures=(2.0,)),)
+    assert ZeroOrder(class_weighted=True).needs() == (Need(target="soft", temperatures=(1.0,)),)
+    # Cells weigh by the distribution as it is.
+    weighted = ZeroOrder(temperature=4.0, class_weighted=True)
+    assert weighted.needs() == (Need(target="soft", temperatures=(4.0, 1.0)),)
     assert FirstOrder().needs() == (Need(target="first_order"),)
     assert FirstOrder(form="logits").needs() == (Need(target="first_order_logits"),)
     assert FirstOrder(teacher_map="recomputed").needs() == (Need(target="soft", temperatures=(1.0,)),)

@@ -15,7 +15,7 @@ from typing import Any
 
 from segkd.pipeline.ablation.config import AblateConfig, BuiltIn
 from segkd.pipeline.config import RunConfig
-from segkd.pipeline.settings import parse, to_dict
+from segkd.pipeline.settings import parse, parse_override, to_dict
 from segkd.pipeline.student.inputs import check_knowledge
 from segkd.pipeline.student.resuming import is_harmless
 from segkd.storage.differences import difference, leaves
@@ -104,6 +104,9 @@ def resolve_arms(run: RunConfig, longer: float | None) -> dict[str, Arm]:
 
 def _arm(name: str, like: str | None, changed: tuple[str, ...], tables: Mapping[str, Any], base: RunConfig) -> Arm:
     try:
+        for setting in changed:
+            if (key := ".".join(parse_override(setting).key)) == "train.seed" or key.partition(".")[0] == "ablate":
+                raise ConfigError(f"{key} is the sweep's, the same for all arms; set it in [ablate]")
         resolved = parse(RunConfig, tables, overrides=changed)
         knowledge = [kind for kind in resolved.knowledge.kinds() if kind.weight]
         if knowledge:
@@ -169,6 +172,8 @@ def effective(run: RunConfig) -> dict[str, Any]:
             ("train", "most_entropy"),
         ):
             del tables[table][key]
+        if run.train.batch_norm != "frozen":
+            tables["train"]["batch_norm"] = "joint"  # all of a batch is of one kind
     if not tables["knowledge"]:
         tables["train"]["teacher_view"] = "cache"  # nobody looks
     return {key: value for key, value in leaves(tables) if not is_harmless(key)}

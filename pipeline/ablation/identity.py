@@ -35,7 +35,7 @@ class Held:
     contents: Mapping[str, Content]
     """What the images show."""
     labels: Mapping[str, str]
-    """Digest of the label map's classes; of auxiliary samples none, for nobody looks at theirs."""
+    """Digest of the label map's classes and of what is excluded; of auxiliary samples none: nobody looks at theirs."""
 
     def digest(self, source: DataSource, role: Role) -> str:
         """SHA-256 of a role's samples: ids, which decide order and augmentation, pixels and labels."""
@@ -50,8 +50,10 @@ def read_held(source: DataSource, progress: Progress = SILENT) -> Held:
     """Reads every label map, and every image that was never seen before. Raises DataError."""
 
     def read(sample: Sample) -> str:
-        labels = source.labels(sample)
-        return hashlib.sha256(f"{labels.shape}".encode() + labels.tobytes()).hexdigest()
+        labels, excluded = source.labels(sample), source.excluded(sample)
+        # Both are 255 in the labels, and one of them rules out the teacher's word too.
+        apart = b"" if excluded is None or not excluded.any() else excluded.tobytes()
+        return hashlib.sha256(f"{labels.shape}".encode() + labels.tobytes() + apart).hexdigest()
 
     contents = read_contents(source, source.samples, progress=progress)
     labelled = [sample for sample in source.samples if sample.role is not Role.AUXILIARY]

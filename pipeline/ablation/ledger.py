@@ -119,6 +119,11 @@ class Ledger:
         if not path.exists():
             return None
         record = parse(RunRecord, _read(path), place=str(path))
+        if (record.format, record.version) != (FORMAT, VERSION):
+            raise RecordError(
+                f"{path}: {record.format} {record.version}, and this segkd reads {FORMAT} {VERSION}; "
+                "use the segkd that wrote it, or remove it to run it again"
+            )
         if record.digest != content_digest(record.identity):
             raise RecordError(
                 f"{path}: its digest is not that of its identity, so the file was changed; "
@@ -138,7 +143,7 @@ class Ledger:
 
     def settled(self) -> dict[str, Any] | None:
         """What the sweep has settled; None before. Raises RecordError."""
-        return _read(self.plan) if self.plan.exists() else None
+        return self._settled() if self.plan.exists() else None
 
     def settle(self, plan: dict[str, Any]) -> dict[str, Any]:
         """Settles it, unless another task was first: then what that one has settled. It is never changed."""
@@ -148,9 +153,15 @@ class Ledger:
         try:
             os.link(written, self.plan)
         except FileExistsError:
-            return _read(self.plan)
+            return self._settled()
         finally:
             written.unlink()
+        return plan
+
+    def _settled(self) -> dict[str, Any]:
+        plan = _read(self.plan)
+        if not (isinstance(plan.get("longer"), int | float) and isinstance(plan.get("of"), dict)):
+            raise RecordError(f"{self.plan}: not what a sweep has settled; restore it, or remove it to measure anew")
         return plan
 
 

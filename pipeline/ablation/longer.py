@@ -28,7 +28,9 @@ from segkd.pipeline.models.references import described
 from segkd.pipeline.student.inputs import open_inputs
 from segkd.pipeline.student.runtime import torch_settings
 from segkd.pipeline.student.train import begin
+from segkd.pipeline.teacher.cache import journal_path
 from segkd.storage.errors import ConfigError
+from segkd.storage.reader import CacheReader
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +41,14 @@ REMEDY = "set ablate.longer to the factor yourself, or leave alone-longer out of
 
 def measure_longer(run: RunConfig) -> dict[str, Any]:
     """The factor and what it follows from, JSON-ready. Raises ConfigError where stage 1's time is not known here."""
-    arms = resolve_arms(replace(run, ablate=AblateConfig(ladder=(FULL, "alone"))), None)
+    try:
+        arms = resolve_arms(replace(run, ablate=AblateConfig(ladder=(FULL, "alone"))), None)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the length of alone-longer follows from the time of {FULL}, but {error}; {REMEDY}"
+        ) from None
     device = find_device(run.train.device)
-    stage_1 = stage_1_seconds(Path(f"{Path(run.cache.path).resolve()}.log"), device, run.train.threads)
+    stage_1 = stage_1_seconds(journal_path(Path(run.cache.path)), device, run.train.threads)
     full, alone = (step_seconds(arms[name]) for name in (FULL, "alone"))
     factor = round(max(1.0, (stage_1 / run.train.steps + full) / alone), 1)
     logger.info(
@@ -53,7 +60,20 @@ def measure_longer(run: RunConfig) -> dict[str, Any]:
         alone,
     )
     measured = {"stage_1_seconds": stage_1, f"{FULL}_step_seconds": full, "alone_step_seconds": alone}
-    return {"longer": factor, "measured": {**measured, "steps": run.train.steps, "host": socket.gethostname()}}
+    return {"longer": factor, "of": circumstances(run), "measured": {**measured, "host": socket.gethostname()}}
+
+
+def circumstances(run: RunConfig) -> dict[str, Any]:
+    """What the factor was measured for, JSON-ready: of anything else it says nothing."""
+    student = run.the_student()
+    given: dict[str, Any] = {
+        "train": {"steps": run.train.steps, "labelled": run.train.labelled, "auxiliary": run.train.auxiliary},
+        "augment": {"crop": run.augment.crop},
+        "student": {"reference": student.reference, "arguments": student.arguments},
+        "cache": dict(CacheReader(run.cache.path, partial=True).spec.fingerprints),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(given))
+    return plain
 
 
 def stage_1_seconds(log: Path, device: torch.device, threads: int = 0) -> float:

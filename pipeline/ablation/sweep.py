@@ -14,7 +14,7 @@ from segkd.pipeline.ablation.arms import Arm, resolve_arms
 from segkd.pipeline.ablation.gains import Records, gains, rows
 from segkd.pipeline.ablation.identity import Held, identity_of, read_held
 from segkd.pipeline.ablation.ledger import Ledger, RunRecord
-from segkd.pipeline.ablation.longer import measure_longer
+from segkd.pipeline.ablation.longer import circumstances, measure_longer
 from segkd.pipeline.ablation.processes import run_jobs
 from segkd.pipeline.ablation.table import Results
 from segkd.pipeline.ablation.worker import Job
@@ -30,7 +30,7 @@ from segkd.pipeline.student.leaks import find_label_leaks, teacher_checkpoint
 from segkd.pipeline.student.live import open_live_teacher
 from segkd.pipeline.teacher.division import Share
 from segkd.pipeline.teacher.named import require_named_teacher
-from segkd.storage.differences import difference
+from segkd.storage.differences import difference, differing
 from segkd.storage.errors import CheckpointError, ConfigError, ContaminationError, DataError
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import CacheSpec
@@ -103,6 +103,11 @@ def plan_sweep(run: RunConfig, output: str | Path, *, measure: bool = True, prog
     stamps += _check_labels(resolve_arms(run, run.ablate.longer or None).values(), opened)
     longer = _longer(run, ledger, measure)
     arms = {name: opened.marked(arm, run) for name, arm in resolve_arms(run, longer).items()}
+    for arm in arms.values():
+        if arm.like is not None and arm.like not in arms:
+            logger.warning(
+                "arm %s is compared with nothing: %s, which it is like, is not in ablate.ladder", arm.name, arm.like
+            )
     groups = tuple(sample.group for sample in with_role(source, Role.REPORT))
     jobs = []
     for seed in run.ablate.seeds:
@@ -254,8 +259,13 @@ def _longer(run: RunConfig, ledger: Ledger, measure: bool) -> float | None:
             f"ablate.longer is {fixed:g}, but {ledger.plan} has settled on {settled['longer']:g}; "
             "leave it out, or name another folder in ablate.ledger"
         )
-    if settled is None and fixed:
+    if fixed:
         return fixed
+    if settled is not None and (others := differing(settled["of"], circumstances(run))):
+        raise ConfigError(
+            f"{ledger.plan} has the length of alone-longer for another run, which differs in {', '.join(others)}; "
+            "name another folder in ablate.ledger, remove the file to measure anew, or set ablate.longer"
+        )
     if settled is None and measure:
         settled = ledger.settle(measure_longer(run))
     return None if settled is None else float(settled["longer"])

@@ -23,6 +23,7 @@ from segkd.pipeline.data.contamination import (
     find_twins,
 )
 from segkd.pipeline.data.contents import Content, content_of, stamp
+from segkd.pipeline.data.images import is_turned
 from segkd.pipeline.data.labels import LabelMap, UnmappedError
 from segkd.pipeline.data.matching import is_faint
 from segkd.pipeline.data.readers import Complaint, find
@@ -136,6 +137,7 @@ def check(config: DataConfig, *, progress: Progress = SILENT) -> DataReport:
             *found.complaints,
             *seen.complaints,
             *_unmapped(found.label_map, names, seen.unmapped),
+            *_turned(seen.turned, source),
             *(_in_two_roles(config, source, seen.contents) if config.compare_contents != "off" else ()),
             *_warnings(samples, names, seen.pixels),
         ),
@@ -151,6 +153,8 @@ class _Finding:
     stamp: Stamp | None = None
     """The image's file as it was read."""
     counts: npt.NDArray[np.int64] | None = None
+    turned: bool = False
+    """Whether it is a labelled image that EXIF turns."""
     error: str | None = None
     unmapped: frozenset[int] = frozenset()
     """Codes of the label map that mean nothing; ``error`` is of the first of them."""
@@ -167,6 +171,7 @@ class _Seen:
         self.complaints: list[Complaint] = []
         self.unmapped: list[tuple[str, frozenset[int]]] = []
         """Of each label map with codes that mean nothing: the error of the first, and all of them."""
+        self.turned: list[Sample] = []
 
     def add(self, sample: Sample, finding: _Finding) -> None:
         if finding.error is not None and finding.unmapped:
@@ -177,6 +182,8 @@ class _Seen:
             self.sizes[finding.size] += 1
         if finding.counts is not None:
             self.pixels[sample.role] = self.pixels.get(sample.role, 0) + finding.counts[self._indices]
+        if finding.turned:
+            self.turned.append(sample)
         if finding.content is not None:
             self.contents[sample.id] = finding.content
 
@@ -200,7 +207,8 @@ def _inspect(source: DataSource, sample: Sample) -> _Finding:
         found = replace(found, size=(height, width), content=content_of(image))
         if sample.labelled:
             counts = np.bincount(source.labels(sample).ravel(), minlength=IGNORE + 1)
-            found = replace(found, counts=counts)
+            file = source.image_file(sample)
+            found = replace(found, counts=counts, turned=file is not None and is_turned(file))
     except DataError as error:
         unmapped = error.codes if isinstance(error, UnmappedError) else frozenset()
         return replace(found, error=str(error), unmapped=unmapped)
@@ -224,6 +232,17 @@ def _in_two_roles(config: DataConfig, source: DataSource, contents: dict[str, Co
             "warning",
             f"{describe_sample(faint[0], source)} has hardly any contrast{more}: "
             "copies of it are found where all pixels are equal, not where they are re-encoded or scaled",
+        )
+
+
+def _turned(found: Sequence[Sample], source: DataSource) -> Iterator[Complaint]:
+    """By 180 degrees, or mirrored, an image has the size of a label map that was not turned."""
+    if found:
+        more = f" (as is every one of {len(found):,} labelled images)" if len(found) > 1 else ""
+        yield Complaint(
+            "warning",
+            f"{describe_sample(found[0], source)} is turned upright by its EXIF data{more}: its label map must show it "
+            "upright too, unless it has the same EXIF data",
         )
 
 

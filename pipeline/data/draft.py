@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,14 @@ class _Layout:
     labels: Sequence[str] = field(default_factory=tuple)
     """Names below the root."""
     paired: int = 0
+    others: Sequence[tuple[str, str, int]] = ()
+    """Further folders of images and of their label maps, and how many are paired: no reader takes several."""
+
+    @property
+    def labels_top(self) -> str:
+        """The folder of label maps."""
+        top: str = self.settings["labels"]
+        return top
 
 
 def draft(root: str | Path) -> str:
@@ -65,6 +73,11 @@ def draft(root: str | Path) -> str:
     return "\n".join(
         [
             "# Drafted from the files. Name the classes, see that the roles are what you mean, then check again.",
+            *(
+                f"# Left out: {count:,} images of {images_top} with label maps in {labels_top}. To use them, bring all "
+                "images into folders of one, label maps into folders of another: images/train, images/val, labels/train"
+                for images_top, labels_top, count in layout.others
+            ),
             "[data]",
             *(f"{key} = {to_toml_value(value)}" for key, value in layout.settings.items()),
             f"root = {to_toml_value(str(root))}",
@@ -116,9 +129,15 @@ def _pairs(root: Path, names: Sequence[str]) -> _Layout:
     label_tops = [top for top, inside in by_top.items() if top != "." and _holds_labels(root / top, top, inside)]
     candidates = [(image, label) for label in label_tops for image in by_top if image != label] + [(".", ".")]
     layouts = [_match(image, label, by_top) for image, label in candidates]
-    best = max(layouts, key=lambda layout: (layout.paired, bool(_LABELS_NAME.search(layout.settings["labels"]))))
-    if best.paired:
-        return best
+    paired = [layout for layout in layouts if layout.paired]
+    if paired:
+        # What is scored on is not what to learn from, however large it is.
+        best = max(
+            paired, key=lambda of: (not _is_scored(of), of.paired, _LABELS_NAME.search(of.labels_top) is not None)
+        )
+        ours = {best.settings["images"], best.labels_top, "."}
+        others = [of for of in paired if not ours & {of.settings["images"], of.labels_top}]
+        return replace(best, others=[(of.settings["images"], of.labels_top, of.paired) for of in others])
     found = [name for name in names if _is_image(name)]
     if not found:
         raise DataError(f"{root}: holds no images; expected {', '.join(sorted(images.IMAGE_EXTENSIONS))} files")
@@ -131,6 +150,10 @@ def _pairs(root: Path, names: Sequence[str]) -> _Layout:
             f"{root}/labels/a"
         )
     return _Layout({"reader": "folder", "images": ".", "labels": ""}, _first_folders(found))
+
+
+def _is_scored(layout: _Layout) -> bool:
+    return _SPLITS.get(layout.settings["images"].lower(), "train") != "train"
 
 
 def _labels_are_beside(names: Sequence[str]) -> bool:
@@ -250,7 +273,8 @@ def _roles(layout: _Layout) -> dict[str, list[str]]:
     if not splits:
         if layout.settings["reader"] == "camvid":
             return {Role.TRAIN: list(layout.folders)}
-        return {Role.TRAIN if layout.labels else Role.AUXILIARY: ["."]}
+        learned = Role.REPORT if _is_scored(layout) else Role.TRAIN
+        return {learned if layout.labels else Role.AUXILIARY: ["."]}
     customary = {
         "train": Role.TRAIN,
         "val": Role.SELECT if "test" in splits.values() else Role.REPORT,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,6 +128,12 @@ def _orientation(image: Image.Image) -> int:
         return 1
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     return orientation if orientation in range(1, 9) else 1
+
+
+def is_turned(path: Path) -> bool:
+    """Whether an image's EXIF data say that it is to be turned or mirrored."""
+    with _opened(path, sys.maxsize) as image:
+        return _orientation(image) != 1
 
 
 def _upright(image: Image.Image) -> Image.Image:

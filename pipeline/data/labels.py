@@ -137,6 +137,8 @@ def describe(config: DataConfig, layout: Layout | None = None) -> tuple[Classes,
     if config.label_colours:
         given = _mapped("label_colours", ((key, [_colour(key)]) for key in config.label_colours), config, indices)
         meaning, kind = (meaning if kind == "colours" else {}) | given, "colours"
+    elif layout is not None and not own and not config.label_values:
+        _require_plain(layout)
     elif config.label_values:
         given = _mapped("label_values", _value_ranges(config), config, indices)
         meaning, kind = (meaning if kind == "values" else {}) | given, "values"
@@ -153,6 +155,21 @@ def describe(config: DataConfig, layout: Layout | None = None) -> tuple[Classes,
     if len(palette) != len(names):
         raise ConfigError(f"data.palette has {len(palette)} colours for {len(names)} classes; give one a class")
     return Classes(names=names, palette=palette), label_map
+
+
+def _require_plain(layout: Layout) -> None:
+    """Raises ConfigError for a published data set whose values are not its classes' indices: nothing says what they are
+    in terms of other classes.
+    """
+    indices = {name: index for index, name in enumerate(layout.classes)}
+    for code, name in layout.meaning.items():
+        if name != IGNORED and (layout.kind == "colours" or indices[name] != code):
+            what, written = ("colour", _colour_key_of(code)) if layout.kind == "colours" else ("value", str(code))
+            raise ConfigError(
+                f"data.classes names classes of your own, and nothing says what the label maps of {layout.title} are "
+                f"in terms of them: {what} {written} is {name!r} there; map every {what} in [data.label_{what}s], or "
+                "leave data.classes out"
+            )
 
 
 def _own(layout: Layout, background: bool) -> tuple[dict[str, Colour], dict[int, str]]:

@@ -100,7 +100,8 @@ class ConvBN(nn.Sequential):
     ) -> None:
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = (dilation * (height - 1) // 2, dilation * (width - 1) // 2)
-        kind = DilatedDepthwise if groups == in_channels and dilation > 1 and stride == 1 else nn.Conv2d
+        depthwise = groups == in_channels == out_channels
+        kind = DilatedDepthwise if depthwise and dilation > 1 and stride == 1 else nn.Conv2d
         convolution = kind(in_channels, out_channels, (height, width), stride, padding, dilation, groups, bias=False)
         layers: list[nn.Module] = [convolution, BatchNorm(out_channels)]
         if activation is not None:

@@ -93,6 +93,7 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool, progre
         seed=train.seed,
         on_damage=train.on_damage,
     )
+    _warn_of_padding(run, source)
     kept = KeptSource(source, train.kept_bytes)
     stream = TrainStream(kept, teacher, objective.targets, config, run.augment, student.preprocessing)
     seen = _compare(run, source, stream.samples, select, progress)
@@ -106,6 +107,22 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool, progre
         class_weights=class_weights(source, train, objective.knowledge),
         seen=seen,
     )
+
+
+def _warn_of_padding(run: RunConfig, source: DataSource) -> None:
+    """Of crops that are mostly padding at any scale, by the first image to learn from."""
+    learned = with_role(source, *LEARNED)
+    if not learned:
+        return
+    height, width = source.size(learned[0])
+    crop, scale = run.augment.crop, run.augment.scale[1]
+    shown = min(crop[0], height * scale) * min(crop[1], width * scale)
+    if 2 * shown < crop[0] * crop[1]:
+        logger.warning(
+            "augment.crop is %d x %d, and %s has %d x %d pixels: at the largest augment.scale, %g, more than half of a "
+            "crop is padding; lower augment.crop",
+            *(*crop, learned[0].id, height, width, scale),
+        )
 
 
 def _open_teacher(

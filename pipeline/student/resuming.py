@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from segkd.pipeline.data.config import DataConfig
 from segkd.pipeline.data.transforms import AugmentConfig
+from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.settings import to_dict
 from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.checkpoint import Description
@@ -72,15 +75,34 @@ def require_same(held: Description, now: Description, path: Path) -> None:
 
 
 def with_defaults(held: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``held``, with settings of ``now`` that it does not know among those of their table at their defaults.
+    """``held``, with the settings of ``now`` that it does not know at their defaults.
 
     The project has gained them since, and what is new is off, or does what was done before, until somebody asks for
-    it. Both are settings by dotted key after ``prefix``, JSON-ready.
+    it. So settings of a table that ``held`` does know are filled in, and a kind of knowledge that is off by default.
+    Both are settings by dotted key, JSON-ready; those of training stand after ``prefix``.
     """
-    tables = {"augment": AugmentConfig(), "knowledge": KnowledgeConfig(), "loss": LossConfig(), "train": TrainConfig()}
-    defaults = leaves({name: to_dict(table) for name, table in tables.items()}, prefix)
+    training = {
+        "augment": AugmentConfig(),
+        "knowledge": KnowledgeConfig(),
+        "loss": LossConfig(),
+        "train": TrainConfig(),
+    }
+    others = {"data": DataConfig(reader="scenes"), "student": NetworkConfig(reference="")}
+    defaults = dict(leaves(_plain(training), prefix)) | dict(leaves(_plain(others)))
     known = {_table(key) for key in held}
-    return {key: value for key, value in defaults if key in now and _table(key) in known} | dict(held)
+
+    def is_known(table: str) -> bool:
+        return table in known or defaults.get(f"{table}.weight") == 0
+
+    filled = {key: value for key, value in defaults.items() if key in now and is_known(_table(key))}
+    # JSON knows no infinity.
+    return {key: str(value) if isinstance(now[key], str) else value for key, value in filled.items()} | dict(held)
+
+
+def _plain(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables of settings as JSON has them."""
+    plain: dict[str, Any] = json.loads(json.dumps({name: to_dict(table) for name, table in tables.items()}))
+    return plain
 
 
 def _table(key: str) -> str:

@@ -123,8 +123,12 @@ def teacher_cache(
     opened = open_run(resolve_budget(run))
     with ExitStack() as stack:
         # Of a cache under repair nothing is to be read either; one that is not there yet is locked once it is.
-        if Path(opened.config.path).is_dir():
-            stack.enter_context(at_work(Path(opened.config.path), alone=False))
+        root = Path(opened.config.path)
+        if not root.exists():
+            with explained(journal_path(root)):  # of a cache that is gone
+                journal_path(root).unlink(missing_ok=True)
+        if root.is_dir():
+            stack.enter_context(at_work(root, alone=False))
         work = find_work(opened, close=close, progress=progress)
         if work is None:
             return replace(summarise(opened.config.path, written=0), seconds=time.monotonic() - began)
@@ -141,7 +145,7 @@ def teacher_cache(
         theirs = {unit.number for unit in pending} - {unit.number for unit in mine}
         total = sum(unit.samples for unit in work.plan.units if unit.number not in theirs)
         with progress.task("teacher-cache", total, done=total - sum(unit.samples for unit in mine)) as task:
-            journal = _Journal(writer, opened.predictor.device, task)
+            journal = _Journal(writer, opened.predictor.device, task, began)
             if mine and dask is not None:
                 from segkd.pipeline.teacher.dask_run import write_units
 
@@ -220,17 +224,23 @@ def _parts(generation: Generation, own: Callable[[int], bool] | None) -> Iterato
             yield {**record, "bytes": size, "roles": {record["role"]: record["samples"]}}
 
 
+def journal_path(root: Path) -> Path:
+    """Where the log of the cache at ``root`` lies."""
+    # A relative path may have no name of its own: ".".
+    return Path(f"{root.resolve()}.log")
+
+
 class _Journal:
     """Tells of finished units: to the progress display, and to a log beside the cache.
 
     Hosts, times and rates stand in that log and never inside the cache, whose bytes do not depend on who wrote it.
     """
 
-    def __init__(self, writer: CacheWriter, device: torch.device, task: Task) -> None:
+    def __init__(self, writer: CacheWriter, device: torch.device, task: Task, began: float) -> None:
+        """``began``: when the run did, by the monotonic clock."""
         self.writer, self.device, self.task = writer, device, task
-        # A relative path may have no name of its own: ".".
-        self.path = Path(f"{writer.root.resolve()}.log")
-        self.began, self.began_at = time.monotonic(), time.time()
+        self.path = journal_path(writer.root)
+        self.began, self.began_at = began, time.time()
         self.samples = self.bytes = self.pixels = 0
 
     def unit(self, unit: Unit, size: int | None, **worker: Any) -> None:

@@ -42,7 +42,8 @@ class ZeroOrder(ClassWeighted):
         self._require_temperature(self.temperature)
 
     def needs(self) -> tuple[Need, ...]:
-        return (Need(target="soft", temperatures=(self.temperature,)),)
+        weighing = (1.0,) if self.class_weighted and self.temperature != 1 else ()
+        return (Need(target="soft", temperatures=(self.temperature, *weighing)),)
 
     def crop_values(self, logits_SChw: Tensor, teacher: Mapping[str, Tensor], cells: Cells) -> Tensor:
         teacher_SChw = (teacher["soft"] / self.temperature).softmax(1)
