@@ -27,9 +27,9 @@ class FirstOrder(Knowledge):
     with_neighbours: ClassVar[bool] = True
     evidence: ClassVar[Evidence] = {
         "form=softmax": Row("camvid-s.md", "auxiliary-zero-first-30 ‡"),
-        "form=logits": None,
-        "teacher_map": None,
-        "near": None,
+        "form=logits": Row("first-order.md", "logits"),
+        "teacher_map": Row("first-order.md", "recomputed"),
+        "near": Row("first-order.md", "edges"),
     }
 
     weight: float = 10.0
