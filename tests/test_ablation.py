@@ -18,7 +18,7 @@ from PIL import Image
 from segkd.cli.main import main
 from segkd.pipeline.ablation.arms import AUXILIARY, effective, resolve_arms
 from segkd.pipeline.ablation.config import LADDER
-from segkd.pipeline.ablation.identity import read_held
+from segkd.pipeline.ablation.identity import differences, read_held
 from segkd.pipeline.ablation.ledger import Images, Ledger, RunRecord, Seen
 from segkd.pipeline.ablation.longer import circumstances, measure_longer, stage_1_seconds
 from segkd.pipeline.ablation.sweep import plan_sweep
@@ -429,6 +429,10 @@ def test_a_record_that_is_older_than_a_setting_is_of_its_default(cached: Path, t
     changed = record.identity | {"settings": record.identity["settings"] | {"loss.label_smoothing": 0.1}}
     with pytest.raises(RecordError, match=r"differs in loss\.label_smoothing \(0\.0, now 0\.1\);"):
         ledger.load("zero", 7, changed)
+    # Infinity is text in an identity.
+    auxiliary = record_of(read(cached), tmp_path, "auxiliary-zero", 7)
+    older = {key: value for key, value in auxiliary.identity["settings"].items() if key != "train.most_entropy"}
+    assert differences(auxiliary.identity | {"settings": older}, auxiliary.identity) == []
     # A kind of knowledge that it did not learn from is no setting that it is older than.
     knowledge = {"knowledge.first_order.weight": 10.0, "knowledge.first_order.form": "softmax"}
     with pytest.raises(RecordError, match=r"knowledge\.first_order\.weight \(None, now 10\.0\)"):

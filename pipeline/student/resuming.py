@@ -95,8 +95,8 @@ def with_defaults(held: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
         return table in known or defaults.get(f"{table}.weight") == 0
 
     filled = {key: value for key, value in defaults.items() if key in now and is_known(_table(key))}
-    # JSON knows no infinity.
-    return {key: str(value) if isinstance(now[key], str) else value for key, value in filled.items()} | dict(held)
+    # JSON knows no infinity, and identities write it as text.
+    return {key: now[key] if str(value) == now[key] else value for key, value in filled.items()} | dict(held)
 
 
 def _plain(tables: Mapping[str, Any]) -> dict[str, Any]:
