@@ -269,8 +269,10 @@ def test_two_processes_do_not_work_on_one_run(place: Path, tmp_path: Path) -> No
 # The table
 
 
-def made_up(place: Path, scores: dict[str, list[float]], **settings: Any) -> Results:
-    """The results of made-up scores, arm by arm and seed by seed."""
+def made_up(
+    place: Path, scores: dict[str, list[float]], on_select: dict[str, list[float | None]] | None = None, **settings: Any
+) -> Results:
+    """The results of made-up scores, arm by arm and seed by seed; on select the same, if not given."""
     own = {"all": {"like": "alone", "set": ["data.scenes.train=9"]}} if "all" in scores else {}
     text = [f"ablate.arms.{name}.set={json.dumps(arm['set'])}" for name, arm in own.items()]
     text += [f"ablate.arms.{name}.like='{arm['like']}'" for name, arm in own.items()]
@@ -288,7 +290,10 @@ def made_up(place: Path, scores: dict[str, list[float]], **settings: Any) -> Res
             ]
             images = Images.of(template.images.ids, template.images.groups, template.images.classes, confusions)
             report = {**template.report, "miou": miou}
-            found.setdefault(arm, {})[seed] = replace(template, arm=arm, seed=seed, report=report, images=images)
+            chosen = report if on_select is None else {**template.report, "miou": on_select[arm][seed]}
+            found.setdefault(arm, {})[seed] = replace(
+                template, arm=arm, seed=seed, report=report, select=chosen, images=images
+            )
     return Results(
         rows=tuple(rows(sweep.arms, found, run.ablate)),
         gains=tuple(gains(sweep.arms, found, run.ablate)),
@@ -307,7 +312,7 @@ def test_rows_gains_and_what_must_be_known(undisturbed: Path) -> None:
     text = results.markdown()
     assert text.startswith("**It must be known.**\n\n| arm | seeds | mIoU |")
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
-    assert "| 5 | 41.00 ± 1.58 | 32 | 0 | 32 | 0.00 M |" in lines["alone"]
+    assert "| 5 | 41.00 ± 1.58 | 41.00 ± 1.58 | 32 | 0 | 32 | 0.00 M |" in lines["alone"]
     assert "| 5 | 43.00 ± " in lines["auxiliary-zero-first"]
     assert lines["auxiliary-zero-first"].endswith("| 40 % |")
     assert "† all is not at matched compute: samples of role train (5, now 9)." in text
@@ -320,6 +325,31 @@ def test_rows_gains_and_what_must_be_known(undisturbed: Path) -> None:
     assert (all_labels.earlier, all_labels.matched) == ("alone", False)
     assert "| all − alone † | its own settings |" in text
     assert "a bootstrap of 3 blocks of up to 2 consecutive frames" in text
+
+
+def test_a_gain_says_whether_select_agrees(undisturbed: Path) -> None:
+    alone, better = [40.0, 42.0, 41.0], [42.0, 44.5, 42.5]
+    on_select: dict[str, list[float | None]] = {"alone": [30.0, 30.5, 31.0], "auxiliary-zero-first": [29.0, 30.0, 29.5]}
+    results = made_up(undisturbed, {"alone": alone, "auxiliary-zero-first": better}, on_select)
+    (gain,) = results.gains
+    # Student's t with two degrees of freedom: 4.3027.
+    half = 4.302653 * 0.5 / 3**0.5
+    assert gain.select_mean == pytest.approx(-1.0)
+    assert gain.select_over_seeds is not None
+    assert (gain.select_over_seeds.low, gain.select_over_seeds.high) == pytest.approx((-1 - half, -1 + half))
+    text = results.markdown()
+    assert "| alone | 3 | 41.00 ± 1.00 | 30.50 ± 0.50 |" in text
+    assert f" | -1.00 | {-1 - half:+.2f} to {-1 + half:+.2f} |\n" in text
+
+
+def test_without_a_score_on_select_nothing_is_said_of_it(undisturbed: Path) -> None:
+    scores = {"alone": [40.0, 41.0], "auxiliary-zero-first": [42.0, 43.0]}
+    results = made_up(undisturbed, scores, {"alone": [30.0, None], "auxiliary-zero-first": [31.0, 32.0]})
+    (gain,) = results.gains
+    assert (gain.select_mean, gain.select_over_seeds) == (None, None)
+    text = results.markdown()
+    assert "| alone | 2 | 40.50 ± 0.71 | n/a |" in text
+    assert next(line for line in text.splitlines() if " − " in line).endswith(" | n/a | n/a |")
 
 
 def test_a_gap_closed_says_of_how_many_seeds(undisturbed: Path) -> None:

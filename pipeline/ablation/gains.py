@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """A paired difference in mIoU."""
+    """A paired difference in mIoU, on role report but where select is named."""
 
     later: str
     earlier: str
@@ -81,6 +81,9 @@ class Gain:
     seeds_verdict: Verdict
     over_images: Interval | None
     images_verdict: Verdict
+    select_mean: float | None
+    """On role select: whether other images agree. None where a run has no score there."""
+    select_over_seeds: Interval | None
     matched: bool
     """Whether both arms are at matched compute."""
 
@@ -120,7 +123,7 @@ def _row(arm: Arm, records: Records, upper: str) -> Row:
         arm=arm.name,
         seeds=tuple(by_seed),
         metrics={metric: _mean([run.report[metric] for run in runs]) for metric in METRICS},
-        select_miou=_mean([None if run.select is None else run.select["miou"] for run in runs]),
+        select_miou=_mean([_select(run) for run in runs]),
         steps=first.steps,
         labelled=first.seen.labelled,
         auxiliary=first.seen.auxiliary,
@@ -135,6 +138,11 @@ def _row(arm: Arm, records: Records, upper: str) -> Row:
         gap_closed=_gap_closed(arm.name, records, upper, sorted(in_common)),
         gap_seeds=len(in_common),
     )
+
+
+def _select(run: RunRecord) -> float | None:
+    """mIoU on role select."""
+    return None if run.select is None else run.select["miou"]
 
 
 def _mean(values: Sequence[float | None]) -> Mean | None:
@@ -161,10 +169,10 @@ def _gain(
     later, earlier, what = pair
     seeds = sorted(records.get(later, {}).keys() & records.get(earlier, {}).keys())
     both = [(records[later][seed], records[earlier][seed]) for seed in seeds]
-    scores = [(after.report["miou"], before.report["miou"]) for after, before in both]
-    if not seeds or any(None in score for score in scores):
+    differences = _differences([(after.report["miou"], before.report["miou"]) for after, before in both])
+    if not differences:
         return None
-    differences = [after - before for after, before in scores]
+    select = _differences([(_select(after), _select(before)) for after, before in both])
     over_seeds = paired_t(differences)
     over_images = bootstrap(
         [tallied[later][seed] for seed in seeds],
@@ -184,8 +192,16 @@ def _gain(
         seeds_verdict=_verdict(over_seeds, config.margin),
         over_images=over_images,
         images_verdict=_verdict(over_images, config.margin),
+        select_mean=mean_of(select).mean if select else None,
+        select_over_seeds=paired_t(select),
         matched=not (arms[later].unmatched or arms[earlier].unmatched),
     )
+
+
+def _differences(scores: Sequence[tuple[float | None, float | None]]) -> list[float]:
+    """Later minus earlier, a seed each; none at all where a seed has no score."""
+    present = [after - before for after, before in scores if after is not None and before is not None]
+    return present if len(present) == len(scores) else []
 
 
 def _verdict(interval: Interval | None, margin: float) -> Verdict:

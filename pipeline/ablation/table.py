@@ -58,8 +58,8 @@ class Results:
 
     def _arm_table(self) -> Iterator[str]:
         upper = bool(self.config.upper)
-        heads = ["arm", "seeds", "mIoU", "labelled", "auxiliary", "total seen", "parameters", "GFLOPs", "latency"]
-        yield from _head([*heads, *(["gap closed"] if upper else [])])
+        seen, cost = ["labelled", "auxiliary", "total seen"], ["parameters", "GFLOPs", "latency"]
+        yield from _head(["arm", "seeds", "mIoU", "on select", *seen, *cost, *(["gap closed"] if upper else [])])
         for row in self.rows:
             closed = "n/a" if row.gap_closed is None else f"{100 * row.gap_closed:.0f} %"
             if row.gap_closed is not None and row.gap_seeds < len(row.seeds):
@@ -68,6 +68,7 @@ class Results:
                 f"{row.arm}{MARK if row.unmatched else ''}",
                 f"{len(row.seeds)}",
                 _mean(row.metrics["miou"]),
+                _mean(row.select_miou),
                 f"{row.labelled:,}",
                 f"{row.auxiliary:,}",
                 f"{row.labelled + row.auxiliary:,}",
@@ -78,7 +79,8 @@ class Results:
             yield _line([*cells, *([closed] if upper else [])])
 
     def _gain_table(self) -> Iterator[str]:
-        yield from _head(["gain", "differs in", "seeds", "mIoU", "95 % over seeds", "", "95 % over images", ""])
+        over = ["95 % over seeds", "", "95 % over images", ""]
+        yield from _head(["gain", "differs in", "seeds", "mIoU", *over, "on select", "95 % over seeds"])
         for gain in self.gains:
             yield _line(
                 [
@@ -90,6 +92,8 @@ class Results:
                     gain.seeds_verdict,
                     _interval(gain.over_images),
                     gain.images_verdict,
+                    "n/a" if gain.select_mean is None else f"{gain.select_mean:+.2f}",
+                    _interval(gain.select_over_seeds),
                 ]
             )
 
