@@ -339,11 +339,13 @@ def test_identities_depend_on_the_weights_that_a_student_begins_with(cached: Pat
 # Records
 
 
-def record_of(run: RunConfig, output: Path, arm: str, seed: int, miou: float = 50.0) -> RunRecord:
+def record_of(run: RunConfig, output: Path, arm: str, seed: int) -> RunRecord:
     """A record of a run that nobody has done."""
     (job,) = (job for job in plan_sweep(run, output, measure=False).jobs if (job.arm, job.seed) == (arm, seed))
     confusions = [np.diag([90, 100, 110]) + k for k in range(2)]
-    scores = {"miou": miou, "macc": 60.0, "aacc": 70.0, "boundary_miou": 30.0}
+    miou = 100 * (181 / 185 + 201 / 205 + 221 / 225) / 3
+    macc = 100 * (181 / 183 + 201 / 203 + 221 / 223) / 3
+    scores = {"miou": miou, "macc": macc, "aacc": 100 * 603 / 609, "boundary_miou": 30.0}
     latency = {"p50_ms": 2.0}
     return RunRecord(
         arm=arm,
@@ -458,6 +460,21 @@ def test_a_record_that_was_changed_is_refused(cached: Path, tmp_path: Path) -> N
     assert str(error.value) == (
         f"{tmp_path / 'zero.seed-7.json'}: its digest is not that of its identity, so the file was changed; "
         "restore it, or remove it to run it again"
+    )
+
+
+@pytest.mark.parametrize("score", ["miou", "macc", "aacc"])
+@pytest.mark.parametrize("value", [99.0, None])
+def test_a_record_whose_scores_were_changed_is_refused(
+    cached: Path, tmp_path: Path, score: str, value: float | None
+) -> None:
+    ledger, record = Ledger(tmp_path), record_of(read(cached), tmp_path, "zero", 7)
+    ledger.save(replace(record, report=record.report | {score: value}))
+    with pytest.raises(RecordError) as error:
+        ledger.load("zero", 7, record.identity)
+    assert str(error.value) == (
+        f"{tmp_path / 'zero.seed-7.json'}: its scores on role report are not those of its confusion matrices, so the "
+        "file was changed; restore it, or remove it to run it again"
     )
 
 

@@ -16,6 +16,7 @@ from segkd.pipeline.data.scenes import SceneConfig, SceneSource
 from segkd.pipeline.data.stream import StreamConfig, TrainStream, loader
 from segkd.pipeline.data.transforms import AugmentConfig
 from segkd.pipeline.models.network import Preprocessing
+from segkd.pipeline.settings import parse
 from segkd.pipeline.student.config import TrainConfig
 from segkd.storage.errors import ConfigError
 
@@ -145,10 +146,10 @@ def test_batches_are_the_same(workers: int) -> None:
 
 def test_the_setting_is_an_amount_of_bytes() -> None:
     assert TrainConfig().kept_bytes == 256 * 10**6
-    assert TrainConfig(keep_decoded="0").kept_bytes == 0
+    assert parse(TrainConfig, {"keep_decoded": 0}).kept_bytes == 0
     with pytest.raises(ConfigError) as caught:
         replace(TrainConfig(), keep_decoded="much")
     assert str(caught.value) == (
         "train.keep_decoded: 'much' is no amount of bytes; write a number and one of B, kB, MB, GB, TB, PB, KiB, MiB, "
-        'GiB, TiB, PiB: 200GB, or "0"'
+        "GiB, TiB, PiB: 200GB, or 0"
     )

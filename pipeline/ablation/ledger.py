@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import zlib
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segkd.pipeline.ablation.identity import differences
+from segkd.pipeline.evaluation.metrics import ConfusionMatrix
 from segkd.pipeline.settings import parse, to_dict
 from segkd.pipeline.student.checkpoint import write_atomically
 from segkd.pipeline.teacher.fingerprints import content_digest
@@ -129,6 +131,11 @@ class Ledger:
                 f"{path}: its digest is not that of its identity, so the file was changed; "
                 "restore it, or remove it to run it again"
             )
+        if not _adds_up(record):
+            raise RecordError(
+                f"{path}: its scores on role report are not those of its confusion matrices, so the file was changed; "
+                "restore it, or remove it to run it again"
+            )
         if different := differences(record.identity, identity):
             raise RecordError(
                 f"{path} is the record of a run that differs in {', '.join(different)}; "
@@ -163,6 +170,18 @@ class Ledger:
         if not (isinstance(plan.get("longer"), int | float) and isinstance(plan.get("of"), dict)):
             raise RecordError(f"{self.plan}: not what a sweep has settled; restore it, or remove it to measure anew")
         return plan
+
+
+def _adds_up(record: RunRecord) -> bool:
+    """Whether the scores that a confusion matrix gives are those of the images' matrices."""
+    total = ConfusionMatrix(len(record.images.classes))
+    total.counts += record.images.counts().sum(0)
+    counted, told = total.compute(), record.report
+    scores = ((counted.miou, told["miou"]), (counted.macc, told["macc"]), (counted.aacc, told["aacc"]))
+    # Rounding depends on the order in which a processor adds.
+    return all(
+        one == other or (None not in (one, other) and math.isclose(one, other, abs_tol=1e-9)) for one, other in scores
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

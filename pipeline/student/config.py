@@ -87,9 +87,9 @@ class TrainConfig:
     them; they are listed in metrics.jsonl."""
     workers: int = 0
     """Processes that prepare batches; 0 prepares them in the training process."""
-    keep_decoded: str = "256MB"
+    keep_decoded: Literal[0] | str = "256MB"
     """Memory for decoded images and label maps, which are kept for later epochs: of each process that prepares batches.
-    "0" keeps none. If only a third of them fits, a third of the decoding is saved."""
+    0 keeps none. If only a third of them fits, a third of the decoding is saved."""
     threads: int = 0
     """Threads that torch computes with on the CPU; 0 leaves the number alone."""
     device: str = "auto"
@@ -116,7 +116,7 @@ class TrainConfig:
         try:
             _ = self.kept_bytes
         except ConfigError as error:
-            raise ConfigError(f'train.keep_decoded: {error}, or "0"') from None
+            raise ConfigError(f"train.keep_decoded: {error}, or 0") from None
         if self.seed >= 2**64:
             raise ConfigError(f"train.seed is {self.seed}; it must be less than 2^64")
         for name in ("backbone_rate", "weight_decay", "power", "clip"):
@@ -149,7 +149,7 @@ class TrainConfig:
     @property
     def kept_bytes(self) -> int:
         """``keep_decoded`` as a number."""
-        return 0 if self.keep_decoded == "0" else parse_bytes(self.keep_decoded)
+        return 0 if self.keep_decoded == 0 else parse_bytes(self.keep_decoded)
 
     def _check_finite(self, name: str, low: float, high: float, expected: str) -> None:
         value = getattr(self, name)
