@@ -73,7 +73,7 @@ class CodedTeacher(LiveTeacher):
     def answer(self, look: Look) -> dict[str, Tensor]:
         height, width = look.image.shape[:2]
         log_probs = self._uncoded.values(look)["soft"][None]
-        mapping, _ = self.predictor.mapping(height, width)
+        mapping = self.predictor.mapping(height, width)
         coded = code_targets(self._specs, log_probs, mapping, (height, width), [look.sample])
         return {
             name: self._specs[name].coder.decode(coded[name].codes[0][None], coded[name].rungs)[0]

@@ -22,7 +22,7 @@ from torch import Tensor
 from segkd.pipeline.config import load
 from segkd.pipeline.evaluation.speed import synchronise
 from segkd.pipeline.memory import keep_freed_memory
-from segkd.pipeline.models.preprocessing import prepare
+from segkd.pipeline.models.predictor import batched
 from segkd.pipeline.teacher.opened import Opened, open_run
 from segkd.pipeline.teacher.trial import Trials, spread
 
@@ -66,7 +66,7 @@ def measure(opened: Opened, images: int, rounds: int) -> Writes:
     bare, loops = [], []
     parts: dict[str, list[float]] = {}
     for number in range(rounds + 1):
-        alone, count = forward(opened, inputs), sum(map(len, inputs))
+        alone, count = forward(opened, inputs), sum(len(batch[0]) for batch in inputs)
         tried = trials.run(opened.config)
         if number:
             bare.append(1e3 * alone / count)
@@ -75,7 +75,7 @@ def measure(opened: Opened, images: int, rounds: int) -> Writes:
                 parts.setdefault(part, []).append(1e3 * seconds / tried.timed)
     return Writes(
         images=count,
-        batch=len(inputs[0]),
+        batch=len(inputs[0][0]),
         device=str(opened.predictor.device),
         threads=torch.get_num_threads(),
         rounds=rounds,
@@ -86,27 +86,27 @@ def measure(opened: Opened, images: int, rounds: int) -> Writes:
     )
 
 
-def batches(opened: Opened, images: int) -> list[Tensor]:
-    """The prepared inputs of the trial's images that have the commonest size, in batches."""
+def batches(opened: Opened, images: int) -> list[list[Tensor]]:
+    """The prepared inputs of the trial's images that have the commonest size: batches, each in all views."""
     chosen = spread(opened.planned, images)
     size = statistics.mode(sample.image_size for sample in chosen)
-    preprocessing = opened.predictor.config.preprocessing
     inputs = [
-        prepare(opened.data.image(opened.samples[sample.id]), preprocessing)
+        opened.predictor.prepare(opened.data.image(opened.samples[sample.id]))
         for sample in chosen
         if sample.image_size == size
     ]
     step = opened.config.batch
-    return [torch.stack(inputs[start : start + step]) for start in range(0, len(inputs), step)]
+    return [batched(inputs[start : start + step]) for start in range(0, len(inputs), step)]
 
 
 @torch.inference_mode()
-def forward(opened: Opened, inputs: Sequence[Tensor]) -> float:
+def forward(opened: Opened, inputs: Sequence[Sequence[Tensor]]) -> float:
     """Seconds of the bare forward passes."""
     predictor = opened.predictor
     began = time.perf_counter()
     for batch in inputs:
-        predictor.logits(batch.to(predictor.device, non_blocking=True))
+        for of_view in batch:
+            predictor.logits(of_view.to(predictor.device, non_blocking=True))
     synchronise(predictor.device)
     return time.perf_counter() - began
 

@@ -64,7 +64,7 @@ def train_student(
 
     Writes last.safetensors, best.safetensors (by the validation on role select), metrics.jsonl and run.json.
     """
-    from segkd.pipeline.models.network import NetworkConfig
+    from segkd.pipeline.models.network import TeacherConfig
     from segkd.pipeline.student.train import train
 
     if init is not None:
@@ -81,7 +81,7 @@ def train_student(
                 teacher,
                 run.teacher.reference,
             )
-        run = replace(run, teacher=NetworkConfig(reference=teacher))
+        run = replace(run, teacher=TeacherConfig(reference=teacher))
     if teacher is not None or teacher_view is not None:
         view = teacher_view or (run.train.teacher_view if run.train.teacher_view != "cache" else "image")
         run = replace(run, train=replace(run.train, teacher_view=view))

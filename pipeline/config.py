@@ -9,7 +9,7 @@ from pathlib import Path
 from segkd.pipeline.ablation.config import AblateConfig
 from segkd.pipeline.data.config import DataConfig
 from segkd.pipeline.data.transforms import AugmentConfig
-from segkd.pipeline.models.network import NetworkConfig
+from segkd.pipeline.models.network import Described, NetworkConfig, TeacherConfig
 from segkd.pipeline.settings import parse, read_toml
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.knowledge.config import KnowledgeConfig
@@ -24,7 +24,7 @@ class RunConfig:
 
     data: DataConfig
     """The images, labels and classes."""
-    teacher: NetworkConfig | None = None
+    teacher: TeacherConfig | None = None
     """The network that stage 1 asks."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """What stage 1 keeps of its answers, and where."""
@@ -41,7 +41,7 @@ class RunConfig:
     ablate: AblateConfig = field(default_factory=AblateConfig)
     """What ``segkd ablate`` compares."""
 
-    def the_teacher(self) -> NetworkConfig:
+    def the_teacher(self) -> TeacherConfig:
         """The teacher. Raises ConfigError where none is described."""
         return _described("teacher", self.teacher)
 
@@ -50,7 +50,7 @@ class RunConfig:
         return _described("student", self.student)
 
 
-def _described(table: str, network: NetworkConfig | None) -> NetworkConfig:
+def _described(table: str, network: Described | None) -> Described:
     if network is None:
         raise ConfigError(
             f"the run has no {table}: expected a table [{table}] with the network's reference; "

@@ -20,6 +20,9 @@ Weights = npt.NDArray[np.float64]
 TILE_BYTES = 4 * 2**20
 """Most that a tile of upsampled float32 values takes, unless a single pixel takes more."""
 
+LOWEST = -100.0
+"""What a log-probability of -inf counts as: e^-100 is nothing, and unlike -inf it can be multiplied by 0."""
+
 _LOWEST = -1e30
 """Stands in for -inf, which times a weight of 0 would be NaN; any share of it still loses against a log-probability."""
 
@@ -41,6 +44,13 @@ def apply_weights(values_NChw: Tensor, y: Weights, x: Weights) -> Tensor:
 
 def float32_on(device: torch.device, weights: Weights) -> Tensor:
     return torch.from_numpy(np.asarray(weights, np.float32)).to(device, non_blocking=True)
+
+
+def to_cells(log_probs_NChw: Tensor, source: Mapping, target: Mapping) -> Tensor:
+    """Log-probabilities on one grid as those on another grid in the same pixels: the log-softmax of what they are
+    interpolated to, or of their mean over the footprint of a coarser cell."""
+    weights = resampling(target.y, source.y), resampling(target.x, source.x)
+    return apply_weights(log_probs_NChw.clamp_min(LOWEST), *weights).log_softmax(1)
 
 
 def to_pixels(values_NChw: Tensor, mapping: Mapping, height: int, width: int) -> Tensor:

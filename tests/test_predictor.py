@@ -105,7 +105,7 @@ def test_only_cells_whose_centres_lie_in_the_image_are_kept() -> None:
 
 def test_a_resized_input_lies_in_the_pixels_of_the_original() -> None:
     predictor = Predictor(Pooled(), config(preprocessing=Preprocessing(resize=(80, 112))), CLASSES)
-    mapping, _ = predictor.mapping(40, 56)
+    mapping = predictor.mapping(40, 56)
     assert mapping.y.scale == 4.0
     assert mapping.y.offset == pytest.approx(1.5)
 

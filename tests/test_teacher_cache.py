@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from segkd.pipeline.teacher import loop, targets
 from segkd.pipeline.teacher.cache import teacher_cache
 from segkd.pipeline.teacher.config import CacheConfig
 from segkd.storage.coding import EXACT, Raw
+from segkd.storage.differences import leaves
 from segkd.storage.errors import CacheError, CacheMismatchError, DataError, NetworkError, NonFiniteError
 from segkd.storage.geometry import Mapping
 from segkd.storage.reader import CacheReader
@@ -159,15 +160,16 @@ def test_out_of_memory_halves_the_batch(sized: RunConfig, monkeypatch: pytest.Mo
     expected = teacher_cache(sized)
     infer, batches = Predictor.infer, []
 
-    def small(self: Predictor, inputs: Tensor, *rest: object) -> tuple[Tensor, Mapping]:
-        batches.append(len(inputs))
-        if len(inputs) > 1:
+    def small(self: Predictor, inputs: Sequence[Tensor], *rest: object) -> tuple[Tensor, Mapping]:
+        batches.append(len(inputs[0]))
+        if len(inputs[0]) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return infer(self, inputs, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Predictor, "infer", small)
     summary = teacher_cache(moved(sized, "halved.zarr"))
-    assert summary.report == expected.report
+    # A batch of another size may be added up in another order.
+    assert dict(leaves(summary.report)) == pytest.approx(dict(leaves(expected.report)), rel=1e-6)
     assert set(batches) == {1, 2}
 
 
@@ -176,11 +178,11 @@ def test_what_did_not_fit_is_freed_before_the_halves_are_tried(
 ) -> None:
     infer, held = Predictor.infer, []
 
-    def small(self: Predictor, inputs: Tensor, *rest: object) -> tuple[Tensor, Mapping]:
+    def small(self: Predictor, inputs: Sequence[Tensor], *rest: object) -> tuple[Tensor, Mapping]:
         assert [tensor for tensor in held if tensor() is not None] == []
-        activations = inputs + 1
+        activations = inputs[0] + 1
         held.append(weakref.ref(activations))
-        if len(inputs) > 1:
+        if len(inputs[0]) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return infer(self, inputs, *rest)  # type: ignore[arg-type]
 

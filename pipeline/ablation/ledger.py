@@ -180,7 +180,8 @@ def _adds_up(record: RunRecord) -> bool:
     scores = ((counted.miou, told["miou"]), (counted.macc, told["macc"]), (counted.aacc, told["aacc"]))
     # Rounding depends on the order in which a processor adds.
     return all(
-        one == other or (None not in (one, other) and math.isclose(one, other, abs_tol=1e-9)) for one, other in scores
+        (one is None) == (other is None) and math.isclose(one or 0.0, other or 0.0, abs_tol=1e-9)
+        for one, other in scores
     )
 
 

@@ -33,16 +33,20 @@ class Cost:
 
     parameters: int
     flops: int
-    """Of one image of ``shape``: 2 a multiply-accumulate."""
+    """Of one image in all its views: 2 a multiply-accumulate."""
     shape: tuple[int, int]
-    """Height and width of the network's input."""
+    """Height and width of the network's input for the plain image."""
+    views: int
+    """How often a teacher sees each image."""
     latency: Latency | None
-    """None unless it was asked for."""
+    """Of one pass at ``shape``; None unless it was asked for."""
 
     def text(self) -> str:
         """For people, one line."""
         at = "x".join(map(str, self.shape))
         line = f"{self.parameters / 1e6:,.2f} M parameters, {self.flops / 1e9:,.2f} GFLOPs at {at}"
+        if self.views > 1:
+            line += f" in {self.views} views"
         if self.latency is not None:
             time = self.latency
             line += (
@@ -105,10 +109,12 @@ def evaluate_network(
     scores = _scored(lambda sample, image: predictor.predict([image], [sample.id]), source, role, progress, on_sample)
     height, width = source.size(with_role(source, role)[0])
     shape, _, _ = placement(height, width, predictor.config.preprocessing)
+    shown = [placement(height, width, view.preprocessing)[0] for view in predictor.views]
     cost = Cost(
         parameters=count_parameters(predictor.network),
-        flops=count_flops(predictor.network, shape),
+        flops=sum(count_flops(predictor.network, seen) for seen in shown),
         shape=shape,
+        views=len(shown),
         latency=latency(predictor.network, shape) if speed else None,
     )
     return Evaluation(role=role, scores=scores, cost=cost)

@@ -6,11 +6,12 @@ Shapes: images N,3,H,W; logits N,C,h,w.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from segkd.pipeline.evidence import Evidence
 from segkd.storage.errors import ConfigError
 from segkd.storage.geometry import Axis, Convention, Mapping, network_axis, resize
 
@@ -87,6 +88,13 @@ class Preprocessing:
         if self.resize is not None and self.scale != 1:
             raise ConfigError(f"resize is {list(self.resize)} and scale {self.scale}; keep one of them")
 
+    def enlarged(self, factor: float) -> Preprocessing:
+        """The same, but that the sides of images are ``factor`` times as long."""
+        if self.resize is None:
+            return replace(self, scale=self.scale * factor)
+        height, width = (max(1, round(side * factor)) for side in self.resize)
+        return replace(self, resize=(height, width))
+
     def scaled(self, height: int, width: int) -> tuple[int, int]:
         """The size that an image, or a training crop, of ``height`` x ``width`` pixels is brought to by ``scale``."""
         return max(1, round(height * self.scale)), max(1, round(width * self.scale))
@@ -116,3 +124,34 @@ class NetworkConfig:
     """Its classes in channel order; none: those of the data."""
     class_map: dict[str, str] = field(default_factory=dict)
     """Its classes -> classes of the data, many to one; a class of the same name needs no entry. "ignore" drops one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """The views of an image that a teacher is shown. What it says of each is brought to the cells of the plain image,
+    and the mean of these probabilities is the teacher's word: slower in stage 1, as fast as ever in stage 2."""
+
+    evidence: ClassVar[Evidence] = {"flip": None, "scales": None}
+
+    flip: bool = False
+    """Whether it sees each image mirrored left to right, too."""
+    scales: tuple[float, ...] = (1.0,)
+    """Factors on the sides of the image that it sees. The cells are those of the factor 1 in any case."""
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ConfigError(f"scales is {list(self.scales)}; it must name at least one finite number above 0")
+        if len(set(self.scales)) < len(self.scales):
+            raise ConfigError(f"scales is {list(self.scales)}; they must differ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(NetworkConfig):
+    """A network, and how it is asked."""
+
+    views: Views = field(default_factory=Views)
+    """The views of each image over which its answers are averaged."""
+
+
+Described = TypeVar("Described", bound=NetworkConfig)
+"""A network's description, of one kind or the other."""

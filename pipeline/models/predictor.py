@@ -8,6 +8,7 @@ Shapes: images H,W,3 uint8; log-probabilities N,C,h,w float32, C the data's clas
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -15,10 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from segkd.pipeline.models.network import Grid, NetworkConfig, Preprocessing
+from segkd.pipeline.models.network import Grid, NetworkConfig, Preprocessing, TeacherConfig, Views
 from segkd.pipeline.models.preprocessing import placement, prepare
+from segkd.pipeline.resample import to_cells
 from segkd.storage.errors import NetworkError, NonFiniteError
-from segkd.storage.geometry import Mapping
+from segkd.storage.geometry import Affine, Mapping, flip
 
 Precision = Literal["off", "bf16", "fp16"]
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,6 +65,33 @@ def kept_cells(
     return whole.part(rows, columns), (rows, columns)
 
 
+@dataclass(frozen=True)
+class View:
+    """One way in which a network sees an image."""
+
+    preprocessing: Preprocessing
+    mirrored: bool
+
+    def prepare(self, image: npt.NDArray[np.uint8]) -> Tensor:
+        """The network's input, 3,H',W'."""
+        return prepare(image[:, ::-1] if self.mirrored else image, self.preprocessing)
+
+    def kept_cells(self, grid: Grid, height: int, width: int) -> tuple[Mapping, tuple[range, range]]:
+        """:func:`kept_cells`, placed in the image as it is and not as it is seen."""
+        mapping, kept = kept_cells(grid, self.preprocessing, height, width)
+        return mapping.through(Affine(), flip(width) if self.mirrored else Affine()), kept
+
+
+def views_of(config: NetworkConfig) -> tuple[View, ...]:
+    """All ways in which a network sees an image: a student sees it plainly."""
+    views = config.views if isinstance(config, TeacherConfig) else Views()
+    return tuple(
+        View(config.preprocessing.enlarged(scale), mirrored)
+        for scale in views.scales
+        for mirrored in ((False, True) if views.flip else (False,))
+    )
+
+
 class Predictor:
     """A loaded network, what it is fed and how its classes are read."""
 
@@ -81,28 +110,46 @@ class Predictor:
         self.precision = precision
         self.network = network.to(self.device).eval()
         self.grid: Grid = network.grid  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
+        self.views = views_of(config)
         self._groups = class_groups(config, classes)
 
-    def mapping(self, height: int, width: int) -> tuple[Mapping, tuple[range, range]]:
-        """:func:`kept_cells` of this network."""
-        return kept_cells(self.grid, self.config.preprocessing, height, width)
+    def mapping(self, height: int, width: int) -> Mapping:
+        """Where the cells of an answer lie in an image of ``height`` x ``width`` pixels."""
+        return kept_cells(self.grid, self.config.preprocessing, height, width)[0]
+
+    def prepare(self, image: npt.NDArray[np.uint8]) -> tuple[Tensor, ...]:
+        """The network's inputs for an image, 3,H',W' for each of its views."""
+        return tuple(view.prepare(image) for view in self.views)
 
     def predict(self, images: Sequence[npt.NDArray[np.uint8]], names: Sequence[str] = ()) -> tuple[Tensor, Mapping]:
         """Log-probabilities of images of one size, and where their cells lie in each image. Raises as :meth:`infer`."""
-        prepared = torch.stack([prepare(image, self.config.preprocessing) for image in images])
         height, width = images[0].shape[:2]
-        return self.infer(prepared, (height, width), names)
+        return self.infer(batched([self.prepare(image) for image in images]), (height, width), names)
 
     @torch.inference_mode()
     def infer(
-        self, prepared_N3HW: Tensor, image_size: tuple[int, int], names: Sequence[str] = ()
+        self, prepared: Sequence[Tensor], image_size: tuple[int, int], names: Sequence[str] = ()
     ) -> tuple[Tensor, Mapping]:
-        """:meth:`predict` for inputs that :func:`~segkd.pipeline.models.preprocessing.prepare` has made already.
+        """:meth:`predict` for inputs that :meth:`prepare` has made already: N,3,H',W' for each view.
 
         Raises NonFiniteError, naming the image, for a NaN or +inf (-inf is legal) and for a cell in which no class is
         left, and NetworkError where the output is not what the description says.
         """
-        mapping, (rows, columns) = self.mapping(*image_size)
+        mapping = self.mapping(*image_size)
+        total_NChw: Tensor | None = None
+        for view, inputs_N3HW in zip(self.views, prepared, strict=True):
+            seen, kept = view.kept_cells(self.grid, *image_size)
+            log_probs_NChw = self._answer(inputs_N3HW, kept, names)
+            if len(self.views) == 1 and seen == mapping:
+                return log_probs_NChw, mapping
+            probs_NChw = to_cells(log_probs_NChw, seen, mapping).exp()
+            total_NChw = probs_NChw if total_NChw is None else total_NChw + probs_NChw
+        assert total_NChw is not None, "there is at least one view"
+        return (total_NChw / total_NChw.sum(1, keepdim=True)).log(), mapping
+
+    def _answer(self, prepared_N3HW: Tensor, kept_cells: tuple[range, range], names: Sequence[str]) -> Tensor:
+        """Log-probabilities of one view's inputs in its kept cells."""
+        rows, columns = kept_cells
         logits = self.logits(prepared_N3HW.to(self.device, non_blocking=True))
         expected = tuple(self.grid.cells(size) for size in prepared_N3HW.shape[-2:])
         if logits.shape[-2:] != expected:
@@ -123,7 +170,7 @@ class Predictor:
                 f"{self.config.reference} gives probability 0 to every class of the data in a cell of {name}; "
                 "take its logits rather than its probabilities, or map to a class the ignored one that holds all there"
             )
-        return log_probs, mapping
+        return log_probs
 
     def logits(self, inputs_N3HW: Tensor) -> Tensor:
         """The network's logits under the chosen precision."""
@@ -146,6 +193,11 @@ class Predictor:
         merged = torch.stack([log_probs_NChw[:, channels].logsumexp(1) for channels in self._groups], 1)
         # Ignored classes take their share with them: what is left is a distribution again.
         return merged.log_softmax(1)
+
+
+def batched(prepared: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """The inputs of several images of one size, 3,H',W' for each view, as a batch for each view."""
+    return [torch.stack(of_view) for of_view in zip(*prepared, strict=True)]
 
 
 def _first_bad(bad_NChw: Tensor, names: Sequence[str]) -> str | None:

@@ -27,7 +27,7 @@ from segkd.pipeline.models.enet import ENet
 from segkd.pipeline.models.fast_scnn import FastSCNN
 from segkd.pipeline.models.foreign import ForeignNetwork, RecordedNetwork, check_grid
 from segkd.pipeline.models.layers import Network
-from segkd.pipeline.models.network import NetworkConfig
+from segkd.pipeline.models.network import Described, NetworkConfig
 from segkd.pipeline.models.predictor import Precision, Predictor
 from segkd.pipeline.models.weights import warm_start
 from segkd.pipeline.settings import joined, parse, relative_to_here, to_dict
@@ -81,7 +81,7 @@ def described_predictor(
     return Predictor(network, config, classes, device=device, precision=precision)
 
 
-def described(config: NetworkConfig) -> NetworkConfig:
+def described(config: Described) -> Described:
     """``config`` completed by what the network says of itself.
 
     A Python module may say it in a dict :data:`DESCRIPTION`; a checkpoint knows its preprocessing and classes. What the
@@ -96,9 +96,9 @@ def described(config: NetworkConfig) -> NetworkConfig:
         return config
     if not isinstance(description, Mapping):
         raise NetworkError(f"{config.reference}: {DESCRIPTION} is a {type(description).__name__}, expected a dict")
-    defaults = to_dict(NetworkConfig(reference=""))
+    defaults = to_dict(type(config)(reference=""))
     complete = joined(description, _stated(to_dict(config), defaults))
-    return parse(NetworkConfig, complete, place=f"{config.reference}, as described by itself and the run file")
+    return parse(type(config), complete, place=f"{config.reference}, as described by itself and the run file")
 
 
 def _stated(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

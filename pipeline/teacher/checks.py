@@ -19,10 +19,10 @@ from segkd.pipeline.evaluation.metrics import ConfusionMatrix
 from segkd.pipeline.evaluation.scores import score
 from segkd.pipeline.models.network import Preprocessing
 from segkd.pipeline.models.predictor import Predictor
-from segkd.pipeline.resample import apply_weights
-from segkd.pipeline.teacher.targets import LOWEST, kl_divergence
+from segkd.pipeline.resample import LOWEST, to_cells
+from segkd.pipeline.teacher.targets import kl_divergence
 from segkd.storage.errors import NetworkError
-from segkd.storage.geometry import Affine, flip, resampling, resize, shift
+from segkd.storage.geometry import Affine, flip, resize, shift
 
 Pixels = npt.NDArray[np.uint8]
 View = Callable[[Pixels], tuple[Pixels, Affine, Affine]]
@@ -91,8 +91,7 @@ def self_disagreement(predictor: Predictor, images: Iterable[tuple[str, Pixels]]
             if not (rows and columns and min(seen.shape)):
                 continue
             here, there = mapping.part(rows, columns), seen.through(y, x)
-            weights = resampling(here.y, there.y), resampling(here.x, there.x)
-            brought = apply_weights(again.clamp_min(LOWEST), *weights).log_softmax(1)
+            brought = to_cells(again, there, here)
             kept = teacher[..., rows.start : rows.stop, columns.start : columns.stop].clamp_min(LOWEST)
             found[kind].append(float(kl_divergence(kept, brought).mean(dtype=torch.float64)))
     return {kind: sum(values) / len(values) if values else None for kind, values in found.items()}

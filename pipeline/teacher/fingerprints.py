@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from segkd.pipeline.data.sample import Classes
-from segkd.pipeline.models.network import NetworkConfig
+from segkd.pipeline.models.network import NetworkConfig, Views
 from segkd.pipeline.models.predictor import Predictor
 from segkd.storage.spec import TargetSpec
 
@@ -51,6 +51,9 @@ def portable(config: NetworkConfig) -> dict[str, Any]:
     table["reference"] = _file_name(config.reference)
     table["init"] = None if config.init is None else _file_name(config.init)
     table["arguments"] = {name: content_of(value) for name, value in config.arguments.items()}
+    # Caches are older than views: one that was asked plainly is described as it was then.
+    if table.get("views") == asdict(Views()):
+        del table["views"]
     return table
 
 

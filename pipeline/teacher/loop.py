@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from segkd.pipeline.data.sample import DataSource, Sample
-from segkd.pipeline.models.predictor import Predictor
-from segkd.pipeline.models.preprocessing import prepare
+from segkd.pipeline.models.predictor import Predictor, batched
 from segkd.pipeline.teacher.coded import Coded, code_targets
 from segkd.storage.errors import DataError, NetworkError
 from segkd.storage.layout import Plan, PlannedSample, Unit
@@ -43,7 +42,8 @@ Result = TypeVar("Result")
 class Prepared:
     """A decoded image, ready for the teacher."""
 
-    input_3HW: Tensor
+    inputs: tuple[Tensor, ...]
+    """3,H',W' for each of the teacher's views."""
     digest: bytes
 
 
@@ -99,7 +99,7 @@ class Stage1:
                 f"{planned.id} decodes to {image.shape[0]}x{image.shape[1]} pixels, its header says "
                 f"{planned.image_size[0]}x{planned.image_size[1]}; repair or remove the file"
             )
-        return Prepared(prepare(image, self.predictor.config.preprocessing), self.data.image_digest(sample))
+        return Prepared(self.predictor.prepare(image), self.data.image_digest(sample))
 
     def _code_unit(
         self, unit: Unit, prepared: Iterator[Prepared], before_batch: Callable[[], None]
@@ -108,7 +108,7 @@ class Stage1:
         for batch in self.batches(unit):
             before_batch()
             inputs = list(islice(prepared, len(batch)))
-            coded = self._code_batch(batch, torch.stack([entry.input_3HW for entry in inputs]))
+            coded = self._code_batch(batch, batched([entry.inputs for entry in inputs]))
             for k, (sample, entry) in enumerate(zip(batch, inputs, strict=True)):
                 results[sample.id] = CodedSample(
                     image_digest=entry.digest,
@@ -122,10 +122,10 @@ class Stage1:
         return [results[sample.id] for sample in self.plan.of(unit)]
 
     @torch.inference_mode()
-    def _code_batch(self, batch: Sequence[PlannedSample], inputs_N3HW: Tensor) -> dict[str, Coded]:
+    def _code_batch(self, batch: Sequence[PlannedSample], inputs: Sequence[Tensor]) -> dict[str, Coded]:
         """The batch's targets, coded and brought to the host; in two halves when the device runs out of memory."""
         try:
-            return self._code_at_once(batch, inputs_N3HW)
+            return self._code_at_once(batch, inputs)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 height, width = batch[0].image_size
@@ -135,14 +135,14 @@ class Stage1:
                 ) from None
         # Not in the handler: as long as the exception lives, so does every tensor of the calls that it came through.
         half = len(batch) // 2
-        first = self._code_batch(batch[:half], inputs_N3HW[:half])
-        second = self._code_batch(batch[half:], inputs_N3HW[half:])
+        first = self._code_batch(batch[:half], [of_view_N3HW[:half] for of_view_N3HW in inputs])
+        second = self._code_batch(batch[half:], [of_view_N3HW[half:] for of_view_N3HW in inputs])
         return {name: first[name].followed_by(second[name]) for name in first}
 
-    def _code_at_once(self, batch: Sequence[PlannedSample], inputs_N3HW: Tensor) -> dict[str, Coded]:
+    def _code_at_once(self, batch: Sequence[PlannedSample], inputs: Sequence[Tensor]) -> dict[str, Coded]:
         size = batch[0].image_size
         names = [sample.id for sample in batch]
-        log_probs, mapping = self.predictor.infer(inputs_N3HW, size, names)
+        log_probs, mapping = self.predictor.infer(inputs, size, names)
         coded = code_targets(self.spec.targets, log_probs, mapping, size, names)
         return {name: target.on_host() for name, target in coded.items()}
 

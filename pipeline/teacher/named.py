@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from segkd.pipeline.models.network import NetworkConfig
+from segkd.pipeline.models.network import TeacherConfig
+from segkd.pipeline.settings import to_dict
 from segkd.pipeline.teacher.fingerprints import code_of, content_digest, portable
 from segkd.storage.differences import difference, leaves
 from segkd.storage.errors import CacheMismatchError
 from segkd.storage.spec import CacheSpec
 
 
-def require_named_teacher(spec: CacheSpec, teacher: NetworkConfig | None, cache: Path) -> None:
+def require_named_teacher(spec: CacheSpec, teacher: TeacherConfig | None, cache: Path) -> None:
     """Raises CacheMismatchError where the run file states something else of the teacher than the cache does.
 
     The file that the reference names is compared by its content, if it is here: every checkpoint is called
@@ -22,8 +23,9 @@ def require_named_teacher(spec: CacheSpec, teacher: NetworkConfig | None, cache:
     """
     if teacher is None:
         return
-    defaults, stated = map(_described, (NetworkConfig(reference=""), teacher))
-    kept = dict(leaves(spec.teacher))
+    defaults, stated = map(_described, (TeacherConfig(reference=""), teacher))
+    # A cache knows nothing of settings that are younger, and was made as if they stood at their defaults.
+    kept = dict(leaves(to_dict(TeacherConfig(reference="")))) | dict(leaves(spec.teacher))
     differing = [
         difference(key, kept.get(key), value)
         for key, value in stated.items()
@@ -41,7 +43,7 @@ def require_named_teacher(spec: CacheSpec, teacher: NetworkConfig | None, cache:
         )
 
 
-def _described(network: NetworkConfig) -> dict[str, Any]:
+def _described(network: TeacherConfig) -> dict[str, Any]:
     """The leaves of a description as a cache keeps it, read from JSON."""
     return dict(leaves(json.loads(json.dumps(portable(network)))))
 

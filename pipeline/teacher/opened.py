@@ -101,7 +101,7 @@ def plan_samples(
     with ThreadPoolExecutor(threads) as executor:
         sizes = list(executor.map(data.size, samples))
     planned = [
-        PlannedSample(id=sample.id, role=sample.role, image_size=size, mapping=predictor.mapping(*size)[0])
+        PlannedSample(id=sample.id, role=sample.role, image_size=size, mapping=predictor.mapping(*size))
         for sample, size in zip(samples, sizes, strict=True)
     ]
     for sample in planned:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from segkd.pipeline.first_order import EPSILON, Features, features_of, first_order_map
-from segkd.pipeline.resample import pixel_tiles
+from segkd.pipeline.resample import LOWEST, pixel_tiles
 from segkd.pipeline.teacher.config import CacheConfig
 from segkd.storage.coding import (
     Coder,
@@ -29,8 +29,6 @@ from segkd.storage.errors import NonFiniteError
 from segkd.storage.geometry import Mapping as GridMapping
 from segkd.storage.spec import TargetSpec
 
-LOWEST = -100.0
-"""What -inf is measured as: e^-100 is nothing, and unlike -inf it can be multiplied by 0."""
 LEAST_FORETOLD = 3e-4
 """Nats: for less, foretold values have too few levels where a teacher hesitates between many classes."""
 LOGITS_BOUND = 0.25

@@ -225,13 +225,13 @@ class _Observed(Predictor):
         self._answers: dict[tuple[str, ...], tuple[Tensor, GridMapping]] = {}
 
     def infer(
-        self, prepared_N3HW: Tensor, image_size: tuple[int, int], names: Sequence[str] = ()
+        self, prepared: Sequence[Tensor], image_size: tuple[int, int], names: Sequence[str] = ()
     ) -> tuple[Tensor, GridMapping]:
         known = self._answers.get(tuple(names))
         if known is not None:
             return known
         with self._clock("infer"):
-            log_probs, mapping = super().infer(prepared_N3HW, image_size, names)
+            log_probs, mapping = super().infer(prepared, image_size, names)
             synchronise(self.device)
         if log_probs.nbytes <= self._room:
             self._room -= log_probs.nbytes
@@ -249,10 +249,10 @@ class _Stage(Stage1):
         with self.clock("decode"):
             return super().prepare(planned)
 
-    def _code_at_once(self, batch: Sequence[PlannedSample], inputs_N3HW: Tensor) -> dict[str, Coded]:
+    def _code_at_once(self, batch: Sequence[PlannedSample], inputs: Sequence[Tensor]) -> dict[str, Coded]:
         before = self.clock.spent["infer"]
         with self.clock("code"):
-            coded = super()._code_at_once(batch, inputs_N3HW)
+            coded = super()._code_at_once(batch, inputs)
         self.clock.add("code", before - self.clock.spent["infer"])
         return coded
 
