@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -227,3 +228,30 @@ def test_nothing_is_written_where_nothing_can_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be written: Not a directory; make room for 3 bytes"):
         write(tmp_path / "file" / "out" / "run.json", b"abc")
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_a_shared_checkpoint_is_the_network_to_use_in_half_the_bytes(tmp_path: Path, averaged: bool) -> None:
+    """``examples/share_checkpoint.py``."""
+    network, other = (load_network(STUDENT, 2).eval() for _ in range(2))
+    with torch.no_grad():
+        # What half precision could not hold.
+        next(module for module in network.modules() if isinstance(module, nn.BatchNorm2d)).running_var.fill_(1e6)
+    weights = {(EMA if averaged else MODEL) + name: value for name, value in network.state_dict().items()}
+    if averaged:
+        weights |= {MODEL + name: value for name, value in other.state_dict().items()}
+    save(
+        tmp_path / "last.safetensors", describe(scaler={"scale": 65536.0}), weights | {"rng.cpu": torch.get_rng_state()}
+    )
+    script = Path(__file__).parents[1] / "examples" / "share_checkpoint.py"
+    runpy.run_path(str(script))["share"](tmp_path / "last.safetensors", tmp_path / "shared.safetensors")
+    description, tensors = load(tmp_path / "shared.safetensors")
+    assert description == replace(describe(), digest=description.digest)
+    assert {name.partition(".")[0] for name in tensors} == {"model"}
+    shared, config, classes = network_from_checkpoint(tmp_path / "shared.safetensors")
+    assert (config, classes) == (STUDENT, CLASSES)
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[name], value, rtol=2**-11, atol=2**-24)
+    wide = sum(value.numel() for value in network.state_dict().values() if value.is_floating_point() and value.ndim > 1)
+    whole = (tmp_path / "last.safetensors").stat().st_size / (2 if averaged else 1)
+    assert (tmp_path / "shared.safetensors").stat().st_size == pytest.approx(whole - 2 * wide, rel=0.1)

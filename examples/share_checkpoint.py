@@ -1,0 +1,45 @@
+"""A checkpoint to give away: the network to use and nothing else, its weights in half precision.
+
+    python examples/share_checkpoint.py runs/teacher/last.safetensors teacher.safetensors
+
+It is an eighth as large as a run's last.safetensors and cannot be resumed, but is a checkpoint like any other: a
+teacher, an init, something to evaluate and to predict with. What normalises stays in float32, whose range it may need.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from segkd.pipeline.student.checkpoint import EMA, MODEL, load, part, save
+
+
+def share(source: str | Path, target: str | Path) -> None:
+    """Writes the averaged network of the checkpoint ``source``, or the only one that it has, to ``target``.
+
+    Raises CheckpointError.
+    """
+    description, tensors = load(source)
+    weights = part(tensors, EMA) or part(tensors, MODEL)
+    held = {
+        MODEL + name: value.to(torch.float16) if value.is_floating_point() and value.ndim > 1 else value
+        for name, value in weights.items()
+    }
+    save(target, replace(description, scaler=None), held)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a checkpoint that segkd train-student wrote")
+    parser.add_argument("target", help="the file to write")
+    arguments = parser.parse_args()
+    share(arguments.source, arguments.target)
+    before, after = (Path(path).stat().st_size for path in (arguments.source, arguments.target))
+    print(f"{arguments.target}: {after / 1e6:.1f} MB of {before / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
