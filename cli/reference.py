@@ -88,13 +88,19 @@ def configuration_page() -> str:
         "but a `[teacher]` or `[student]` with a `reference` of its own inherits nothing of another network's."
     )
     for kind, keys in tables.items():
-        parts += [f"## {', '.join(places[kind])}", " ".join([_prose(inspect.getdoc(kind) or ""), *accuracy(kind)])]
+        # What one table has of another one stands there.
+        base = next((other for other in kind.__mro__[1:] if other in places), None)
+        inherited = {field.name for field in dataclasses.fields(base)} if base else set()
+        beside = [f"Beside the keys of {', '.join(places[base])}:"] if base else []
+        prose = [_prose(inspect.getdoc(kind) or ""), *accuracy(kind), *beside]
+        parts += [f"## {', '.join(places[kind])}", " ".join(prose)]
         meanings, hints = field_docs(kind), typing.get_type_hints(kind)
         rows = [
             f"| `{name}` | {_cell(_type_text(hints[name]))} | {_cell(_default_text(key))} "
             f"| {_cell(' '.join([meanings[name], *accuracy(kind, name)]))} |"
             for key in keys
             for name in [key.field.name]
+            if name not in inherited
         ]
         parts.append("\n".join(["| key | holds | default | meaning |", "|---|---|---|---|", *rows]))
     parts += ["## Built-in networks", networks_table()]

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -463,13 +464,15 @@ def test_a_record_that_was_changed_is_refused(cached: Path, tmp_path: Path) -> N
     )
 
 
+ABSENT = object()
+
+
 @pytest.mark.parametrize("score", ["miou", "macc", "aacc"])
-@pytest.mark.parametrize("value", [99.0, None])
-def test_a_record_whose_scores_were_changed_is_refused(
-    cached: Path, tmp_path: Path, score: str, value: float | None
-) -> None:
+@pytest.mark.parametrize("value", [99.0, None, "97", ABSENT])
+def test_a_record_whose_scores_were_changed_is_refused(cached: Path, tmp_path: Path, score: str, value: Any) -> None:
     ledger, record = Ledger(tmp_path), record_of(read(cached), tmp_path, "zero", 7)
-    ledger.save(replace(record, report=record.report | {score: value}))
+    report = {name: told for name, told in record.report.items() if name != score or value is not ABSENT}
+    ledger.save(replace(record, report=report if value is ABSENT else report | {score: value}))
     with pytest.raises(RecordError) as error:
         ledger.load("zero", 7, record.identity)
     assert str(error.value) == (

@@ -151,5 +151,5 @@ def test_the_setting_is_an_amount_of_bytes() -> None:
         replace(TrainConfig(), keep_decoded="much")
     assert str(caught.value) == (
         "train.keep_decoded: 'much' is no amount of bytes; write a number and one of B, kB, MB, GB, TB, PB, KiB, MiB, "
-        "GiB, TiB, PiB: 200GB, or 0"
+        "GiB, TiB, PiB: 200GB, or 0 without quotes"
     )

@@ -176,13 +176,16 @@ def _adds_up(record: RunRecord) -> bool:
     """Whether the scores that a confusion matrix gives are those of the images' matrices."""
     total = ConfusionMatrix(len(record.images.classes))
     total.counts += record.images.counts().sum(0)
-    counted, told = total.compute(), record.report
-    scores = ((counted.miou, told["miou"]), (counted.macc, told["macc"]), (counted.aacc, told["aacc"]))
-    # Rounding depends on the order in which a processor adds.
-    return all(
-        (one is None) == (other is None) and math.isclose(one or 0.0, other or 0.0, abs_tol=1e-9)
-        for one, other in scores
-    )
+    counted = total.compute()
+    scores = {"miou": counted.miou, "macc": counted.macc, "aacc": counted.aacc}
+    return all(_equal(score, record.report.get(name)) for name, score in scores.items())
+
+
+def _equal(counted: float | None, told: Any) -> bool:
+    """Up to rounding, which depends on the order in which a processor adds."""
+    if counted is None or not isinstance(told, int | float):
+        return counted is told
+    return math.isclose(counted, told, abs_tol=1e-9)
 
 
 def _read(path: Path) -> dict[str, Any]:

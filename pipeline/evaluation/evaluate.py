@@ -33,24 +33,24 @@ class Cost:
 
     parameters: int
     flops: int
-    """Of one image in all its views: 2 a multiply-accumulate."""
+    """Of one image, in all its views: 2 a multiply-accumulate."""
     shape: tuple[int, int]
-    """Height and width of the network's input for the plain image."""
+    """Height and width of the network's input: of its first view, if a teacher has several."""
     views: int
     """How often a teacher sees each image."""
     latency: Latency | None
-    """Of one pass at ``shape``; None unless it was asked for."""
+    """Of one view, of ``shape``; None unless it was asked for."""
 
     def text(self) -> str:
         """For people, one line."""
         at = "x".join(map(str, self.shape))
-        line = f"{self.parameters / 1e6:,.2f} M parameters, {self.flops / 1e9:,.2f} GFLOPs at {at}"
-        if self.views > 1:
-            line += f" in {self.views} views"
+        line = f"{self.parameters / 1e6:,.2f} M parameters, {self.flops / 1e9:,.2f} GFLOPs "
+        line += f"at {at}" if self.views == 1 else f"in {self.views} views"
         if self.latency is not None:
             time = self.latency
+            line += "; " if self.views == 1 else "; the first view "
             line += (
-                f"; {time.p50_ms:.1f} ms (p95 {time.p95_ms:.1f}) a batch of {time.batch} at {at} on {time.device}, "
+                f"{time.p50_ms:.1f} ms (p95 {time.p95_ms:.1f}) a batch of {time.batch} at {at} on {time.device}, "
                 f"{time.threads} threads, {time.dtype}, {time.runs} runs after {time.warmup}"
             )
         return line
@@ -108,14 +108,13 @@ def evaluate_network(
     """
     scores = _scored(lambda sample, image: predictor.predict([image], [sample.id]), source, role, progress, on_sample)
     height, width = source.size(with_role(source, role)[0])
-    shape, _, _ = placement(height, width, predictor.config.preprocessing)
     shown = [placement(height, width, view.preprocessing)[0] for view in predictor.views]
     cost = Cost(
         parameters=count_parameters(predictor.network),
         flops=sum(count_flops(predictor.network, seen) for seen in shown),
-        shape=shape,
+        shape=shown[0],
         views=len(shown),
-        latency=latency(predictor.network, shape) if speed else None,
+        latency=latency(predictor.network, shown[0]) if speed else None,
     )
     return Evaluation(role=role, scores=scores, cost=cost)
 

@@ -102,7 +102,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """Any network, teacher or student, as a run file describes it."""
+    """Any network, as a run file describes it."""
 
     reference: str
     """A built-in name, ``module:callable``, ``file.py:callable``, ``net.pt2``, ``scripted.pt`` or a checkpoint."""
@@ -129,7 +129,8 @@ class NetworkConfig:
 @dataclass(frozen=True, kw_only=True)
 class Views:
     """The views of an image that a teacher is shown. What it says of each is brought to the cells of the plain image,
-    and the mean of these probabilities is the teacher's word: slower in stage 1, as fast as ever in stage 2."""
+    and the mean of these probabilities is the teacher's word. That takes time in stage 1, and none where a student
+    learns from the cache."""
 
     evidence: ClassVar[Evidence] = {"flip": None, "scales": None}
 
@@ -139,8 +140,8 @@ class Views:
     """Factors on the sides of the image that it sees. The cells are those of the factor 1 in any case."""
 
     def __post_init__(self) -> None:
-        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
-            raise ConfigError(f"scales is {list(self.scales)}; it must name at least one finite number above 0")
+        if not self.scales or not all(1 / 16 <= scale <= 16 for scale in self.scales):
+            raise ConfigError(f"scales is {list(self.scales)}; it must name at least one factor, from 1/16 to 16")
         if len(set(self.scales)) < len(self.scales):
             raise ConfigError(f"scales is {list(self.scales)}; they must differ")
 

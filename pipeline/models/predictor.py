@@ -69,6 +69,7 @@ def kept_cells(
 class View:
     """One way in which a network sees an image."""
 
+    scale: float
     preprocessing: Preprocessing
     mirrored: bool
 
@@ -86,7 +87,7 @@ def views_of(config: NetworkConfig) -> tuple[View, ...]:
     """All ways in which a network sees an image: a student sees it plainly."""
     views = config.views if isinstance(config, TeacherConfig) else Views()
     return tuple(
-        View(config.preprocessing.enlarged(scale), mirrored)
+        View(scale, config.preprocessing.enlarged(scale), mirrored)
         for scale in views.scales
         for mirrored in ((False, True) if views.flip else (False,))
     )
@@ -117,6 +118,11 @@ class Predictor:
         """Where the cells of an answer lie in an image of ``height`` x ``width`` pixels."""
         return kept_cells(self.grid, self.config.preprocessing, height, width)[0]
 
+    def blind_scale(self, height: int, width: int) -> float | None:
+        """The scale of the first view in which no cell lies in an image of that size, but only in its padding."""
+        blind = (view for view in self.views if 0 in view.kept_cells(self.grid, height, width)[0].shape)
+        return next((view.scale for view in blind), None)
+
     def prepare(self, image: npt.NDArray[np.uint8]) -> tuple[Tensor, ...]:
         """The network's inputs for an image, 3,H',W' for each of its views."""
         return tuple(view.prepare(image) for view in self.views)
@@ -133,9 +139,11 @@ class Predictor:
         """:meth:`predict` for inputs that :meth:`prepare` has made already: N,3,H',W' for each view.
 
         Raises NonFiniteError, naming the image, for a NaN or +inf (-inf is legal) and for a cell in which no class is
-        left, and NetworkError where the output is not what the description says.
+        left, and NetworkError where the output is not what the description says and where a view has no cell.
         """
         mapping = self.mapping(*image_size)
+        if len(self.views) > 1 and (scale := self.blind_scale(*image_size)) is not None:
+            raise NetworkError(no_cell(names[0] if names else "an image", image_size, scale))
         total_NChw: Tensor | None = None
         for view, inputs_N3HW in zip(self.views, prepared, strict=True):
             seen, kept = view.kept_cells(self.grid, *image_size)
@@ -147,9 +155,9 @@ class Predictor:
         assert total_NChw is not None, "there is at least one view"
         return (total_NChw / total_NChw.sum(1, keepdim=True)).log(), mapping
 
-    def _answer(self, prepared_N3HW: Tensor, kept_cells: tuple[range, range], names: Sequence[str]) -> Tensor:
-        """Log-probabilities of one view's inputs in its kept cells."""
-        rows, columns = kept_cells
+    def _answer(self, prepared_N3HW: Tensor, kept: tuple[range, range], names: Sequence[str]) -> Tensor:
+        """Log-probabilities of one view's inputs in its kept rows and columns."""
+        rows, columns = kept
         logits = self.logits(prepared_N3HW.to(self.device, non_blocking=True))
         expected = tuple(self.grid.cells(size) for size in prepared_N3HW.shape[-2:])
         if logits.shape[-2:] != expected:
@@ -158,13 +166,13 @@ class Predictor:
                 f"{prepared_N3HW.shape[-2]}x{prepared_N3HW.shape[-1]} pixels; stride {self.grid.stride} means "
                 f"{expected[0]}x{expected[1]}; correct the network's stride"
             )
-        kept = logits[..., rows.start : rows.stop, columns.start : columns.stop]
-        if (name := _first_bad(kept.isnan() | (kept == torch.inf), names)) is not None:
+        logits = logits[..., rows.start : rows.stop, columns.start : columns.stop]
+        if (name := _first_bad(logits.isnan() | (logits == torch.inf), names)) is not None:
             raise NonFiniteError(
                 f"{self.config.reference} returned NaN or +inf for {name}; check its weights and preprocessing"
                 + ("" if self.precision == "off" else f", or run without {self.precision} precision")
             )
-        log_probs = self._over_classes(kept.float().log_softmax(1))
+        log_probs = self._over_classes(logits.float().log_softmax(1))
         if (name := _first_bad(log_probs.isnan(), names)) is not None:
             raise NonFiniteError(
                 f"{self.config.reference} gives probability 0 to every class of the data in a cell of {name}; "
@@ -193,6 +201,17 @@ class Predictor:
         merged = torch.stack([log_probs_NChw[:, channels].logsumexp(1) for channels in self._groups], 1)
         # Ignored classes take their share with them: what is left is a distribution again.
         return merged.log_softmax(1)
+
+
+def no_cell(name: str, size: tuple[int, int], scale: float) -> str:
+    """What is wrong with an image in which a teacher has no cell, and what can be done."""
+    remedy = (
+        "leave the image out, or give the teacher a resize"
+        if scale == 1
+        else f"leave {scale:g} out of teacher.views.scales, or leave the image out"
+    )
+    at = "" if scale == 1 else f" at {scale:g} times its size"
+    return f"{name}: no cell of the teacher lies in its {size[0]}x{size[1]} pixels{at}; {remedy}"
 
 
 def batched(prepared: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:

@@ -14,6 +14,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -27,7 +28,7 @@ from segkd.pipeline.models.enet import ENet
 from segkd.pipeline.models.fast_scnn import FastSCNN
 from segkd.pipeline.models.foreign import ForeignNetwork, RecordedNetwork, check_grid
 from segkd.pipeline.models.layers import Network
-from segkd.pipeline.models.network import Described, NetworkConfig
+from segkd.pipeline.models.network import Described, NetworkConfig, TeacherConfig
 from segkd.pipeline.models.predictor import Precision, Predictor
 from segkd.pipeline.models.weights import warm_start
 from segkd.pipeline.settings import joined, parse, relative_to_here, to_dict
@@ -47,7 +48,7 @@ BUILT_IN: Mapping[str, Callable[..., Network]] = MappingProxyType(
 """The networks written for this project, by reference: callables of ``num_classes`` and their own arguments."""
 
 DESCRIPTION = "SEGKD_NETWORK"
-"""The dict by which a Python module may describe its network: keys and tables of :class:`NetworkConfig`."""
+"""The dict by which a Python module may describe its network: keys and tables of :class:`TeacherConfig`."""
 
 
 def load_network(config: NetworkConfig, num_classes: int) -> Network:
@@ -96,9 +97,11 @@ def described(config: Described) -> Described:
         return config
     if not isinstance(description, Mapping):
         raise NetworkError(f"{config.reference}: {DESCRIPTION} is a {type(description).__name__}, expected a dict")
-    defaults = to_dict(type(config)(reference=""))
+    defaults = to_dict(TeacherConfig(reference=""))
     complete = joined(description, _stated(to_dict(config), defaults))
-    return parse(type(config), complete, place=f"{config.reference}, as described by itself and the run file")
+    # What a module says of itself as a teacher does not keep it from being a student.
+    found = parse(TeacherConfig, complete, place=f"{config.reference}, as described by itself and the run file")
+    return type(config)(**{field.name: getattr(found, field.name) for field in fields(config)})
 
 
 def _stated(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class TrainConfig:
         try:
             _ = self.kept_bytes
         except ConfigError as error:
-            raise ConfigError(f"train.keep_decoded: {error}, or 0") from None
+            raise ConfigError(f"train.keep_decoded: {error}, or 0 without quotes") from None
         if self.seed >= 2**64:
             raise ConfigError(f"train.seed is {self.seed}; it must be less than 2^64")
         for name in ("backbone_rate", "weight_decay", "power", "clip"):

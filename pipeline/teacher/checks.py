@@ -72,13 +72,16 @@ VIEWS: dict[str, View] = {
 def self_disagreement(predictor: Predictor, images: Iterable[tuple[str, Pixels]]) -> dict[str, float | None]:
     """Per view KL(teacher || teacher on the view) in nats: the mean over the cells that both see, then over the images.
 
-    ``images``: name and pixels. None for a view that the network cannot be given on any image: for its size, or for
-    lack of memory. The bound on what coding may cost is to stay an order below: then the teacher itself is the noise.
+    ``images``: name and pixels. None for a view that the network cannot be given on any image, for its size or for lack
+    of memory, and for the mirror where the teacher sees both sides anyway. The bound on what coding may cost is to stay
+    an order below: then the teacher itself is the noise.
     """
     found: dict[str, list[float]] = {name: [] for name in VIEWS}
     for name, image_HW3 in images:
         teacher, mapping = predictor.predict([image_HW3], [name])
         for kind, view in VIEWS.items():
+            if view is mirrored and any(seen.mirrored for seen in predictor.views):
+                continue
             seen_HW3, y, x = view(image_HW3)
             try:
                 again, seen = predictor.predict([seen_HW3], [name])

@@ -23,9 +23,9 @@ def require_named_teacher(spec: CacheSpec, teacher: TeacherConfig | None, cache:
     """
     if teacher is None:
         return
-    defaults, stated = map(_described, (TeacherConfig(reference=""), teacher))
+    defaults, stated = dict(leaves(to_dict(TeacherConfig(reference="")))), _described(teacher)
     # A cache knows nothing of settings that are younger, and was made as if they stood at their defaults.
-    kept = dict(leaves(to_dict(TeacherConfig(reference="")))) | dict(leaves(spec.teacher))
+    kept = defaults | dict(leaves(spec.teacher))
     differing = [
         difference(key, kept.get(key), value)
         for key, value in stated.items()

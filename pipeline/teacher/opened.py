@@ -11,7 +11,7 @@ from segkd.pipeline.config import RunConfig
 from segkd.pipeline.data.readers import open_data
 from segkd.pipeline.data.sample import DataSource, Sample, with_role
 from segkd.pipeline.device import find_device
-from segkd.pipeline.models.predictor import Predictor
+from segkd.pipeline.models.predictor import Predictor, no_cell
 from segkd.pipeline.models.references import described_predictor
 from segkd.pipeline.teacher.config import CacheConfig
 from segkd.pipeline.teacher.fingerprints import fingerprints, kept_description
@@ -100,15 +100,12 @@ def plan_samples(
     """Size and grid of every sample, from the images' headers. Raises DataError for an unreadable one."""
     with ThreadPoolExecutor(threads) as executor:
         sizes = list(executor.map(data.size, samples))
-    planned = [
+    # Most data sets have few sizes.
+    blind = {size: predictor.blind_scale(*size) for size in set(sizes)}
+    for sample, size in zip(samples, sizes, strict=True):
+        if (scale := blind[size]) is not None:
+            raise DataError(no_cell(sample.id, size, scale))
+    return [
         PlannedSample(id=sample.id, role=sample.role, image_size=size, mapping=predictor.mapping(*size))
         for sample, size in zip(samples, sizes, strict=True)
     ]
-    for sample in planned:
-        if min(sample.mapping.shape) == 0:
-            height, width = sample.image_size
-            raise DataError(
-                f"{sample.id}: no cell of the teacher lies in its {height}x{width} pixels; "
-                "leave the image out, or give the teacher a resize"
-            )
-    return planned

@@ -11,12 +11,11 @@ from typing import Any
 
 from segkd.pipeline.config import RunConfig
 from segkd.pipeline.data.sample import Role
-from segkd.pipeline.models.preprocessing import placement
 from segkd.pipeline.sizes import format_bytes
 from segkd.pipeline.teacher import checks
 from segkd.pipeline.teacher.budget import resolve_budget
 from segkd.pipeline.teacher.opened import Opened, open_run
-from segkd.pipeline.teacher.trial import TRIED, Trials
+from segkd.pipeline.teacher.trial import TRIED, Trials, input_pixels
 from segkd.pipeline.teacher.volume import Volume, exact_share, foretell
 from segkd.storage.layout import UNIT_BYTES, Plan
 
@@ -29,6 +28,8 @@ CHECKED = 8
 UNIT_SECONDS = (30.0, 180.0)
 """A unit that takes less makes more files than it need, one that takes more loses more with an interruption."""
 PROPOSED_SECONDS = 90.0
+ROUNDING = 1e-6
+"""Nats that two answers of float32 networks differ by though they are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,7 @@ def plan(run: RunConfig, *, samples: int = TRIED) -> Foretold:
     volume = foretell(opened, units, tried)
     an_image = tried.seconds / tried.timed_pixels * _input_pixels(opened) / len(opened.planned)
     seconds = an_image * len(opened.planned)
-    steps, epochs = _break_even(run, units.spec.roles, seconds, tried.parts["infer"] / tried.timed_pixels)
+    steps, epochs = _break_even(run, opened, units.spec.roles, seconds, tried.parts["infer"] / tried.timed_pixels)
     disagreement, fit = _checked(opened, tried.parts["infer"] / tried.timed)
     free = shutil.disk_usage(_nearest(Path(config.path))).free
     unit_samples = len(opened.planned) / len(units.units)
@@ -168,8 +169,7 @@ def duration(seconds: float) -> str:
 
 
 def _input_pixels(opened: Opened) -> int:
-    preprocessing = opened.predictor.config.preprocessing
-    return sum(math.prod(placement(*sample.image_size, preprocessing)[0]) for sample in opened.planned)
+    return sum(input_pixels(opened.predictor, sample.image_size) for sample in opened.planned)
 
 
 def _proposed(opened: Opened, plan: Plan, an_image: float) -> int | None:
@@ -185,10 +185,12 @@ def _proposed(opened: Opened, plan: Plan, an_image: float) -> int | None:
     return proposed if not low <= now <= high and better else None
 
 
-def _break_even(run: RunConfig, roles: Mapping[str, int], seconds: float, teacher_pixel: float) -> tuple[float, float]:
+def _break_even(
+    run: RunConfig, opened: Opened, roles: Mapping[str, int], seconds: float, teacher_pixel: float
+) -> tuple[float, float]:
     """Steps and epochs of the run's student in which a teacher that looks at every crop takes as long as stage 1."""
     images = run.train.labelled + run.train.auxiliary
-    steps = seconds / (teacher_pixel * math.prod(run.augment.crop) * images)
+    steps = seconds / (teacher_pixel * input_pixels(opened.predictor, run.augment.crop) * images)
     return steps, steps * images / max(roles.get(Role.TRAIN, 0) + roles.get(Role.AUXILIARY, 0), 1)
 
 
@@ -225,7 +227,8 @@ def _warnings(
             f"{run.cache.path} needs {format_bytes(needed)}, {format_bytes(free)} are free there; free some space, "
             f"name another cache.path, or keep to a size: --budget {format_bytes(0.9 * free).replace(' ', '')}"
         )
-    least = min((nats for nats in disagreement.values() if nats is not None), default=math.inf)
+    # A teacher that says the same by construction, but for rounding, tells nothing of its noise.
+    least = min((nats for nats in disagreement.values() if nats is not None and nats > ROUNDING), default=math.inf)
     if run.cache.max_kl > least / 10 and not run.cache.budget:
         warnings.append(
             f"max_kl {run.cache.max_kl:.3g} is within an order of the teacher's disagreement with itself, {least:.3g}; "

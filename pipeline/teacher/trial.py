@@ -181,8 +181,12 @@ class Trials:
         )
 
     def _input_pixels(self, unit: Unit) -> int:
-        preprocessing = self.opened.predictor.config.preprocessing
-        return sum(math.prod(placement(*sample.image_size, preprocessing)[0]) for sample in self.plan.of(unit))
+        return sum(input_pixels(self.opened.predictor, sample.image_size) for sample in self.plan.of(unit))
+
+
+def input_pixels(predictor: Predictor, size: tuple[int, int]) -> int:
+    """Pixels that a teacher is fed with an image of ``size``, in all its views."""
+    return sum(math.prod(placement(*size, view.preprocessing)[0]) for view in predictor.views)
 
 
 def _steady(units: Sequence[Unit], ended: Sequence[float], began: float) -> tuple[Sequence[Unit], float]:
