@@ -29,22 +29,35 @@ if TYPE_CHECKING:
     "job (with SEGKD_TASKS); off: all runs.",
 )
 @click.option("--print-plan", is_flag=True, help="List the runs and which are done, and do nothing else.")
+@click.option(
+    "--tables",
+    is_flag=True,
+    help="Print the tables of what the ledger holds, and do nothing else: data, cache and teacher need not be here.",
+)
 @run_options()
 @json_option
 @verbosity_options
-def ablate(run: RunConfig, output: str | None, jobs: int, task: str | None, print_plan: bool, as_json: bool) -> None:
+def ablate(
+    run: RunConfig, output: str | None, jobs: int, task: str | None, print_plan: bool, tables: bool, as_json: bool
+) -> None:
     """Train the arms of the run file's [ablate], each with every seed, and print what each of them gains.
 
     The run file is the full arm; the others take something away from it, at the same images a step. Runs that are
     recorded in the ledger are not done again, interrupted ones go on. The table is of all that is done. Exit status 1
     if a run has failed.
     """
+    from segkd.pipeline.ablation.ledger import Ledger
+    from segkd.pipeline.ablation.recorded import recorded
     from segkd.pipeline.ablation.sweep import ablate as compare
     from segkd.pipeline.ablation.sweep import plan_sweep
     from segkd.pipeline.teacher.division import find_share
 
     config = click.get_current_context().params["config"]
     folder = output or str(Path("runs") / f"{Path(config or 'student.toml').stem}-ablate")
+    if tables:
+        found = recorded(run, Ledger(run.ablate.ledger or Path(folder) / "ledger"))
+        show(found.to_dict(), found.markdown(), as_json=as_json)
+        return
     share = find_share(task, os.environ)
     with resumable("What is done is kept; the same command goes on."):
         sweep = plan_sweep(run, folder, measure=not print_plan, progress=progress())

@@ -20,8 +20,9 @@ from click.testing import CliRunner, Result
 
 from segkd.cli.main import main
 from segkd.pipeline.ablation.gains import gains, rows
-from segkd.pipeline.ablation.ledger import Images, RunRecord
-from segkd.pipeline.ablation.sweep import plan_sweep
+from segkd.pipeline.ablation.ledger import Images, Ledger, RunRecord
+from segkd.pipeline.ablation.recorded import recorded
+from segkd.pipeline.ablation.sweep import ablate, plan_sweep
 from segkd.pipeline.ablation.table import Results
 from segkd.pipeline.ablation.worker import perform
 from segkd.pipeline.config import load
@@ -31,6 +32,7 @@ from segkd.pipeline.evaluation.evaluate import evaluate_network
 from segkd.pipeline.models.references import described_predictor, load_network
 from segkd.pipeline.student import checkpoint
 from segkd.pipeline.teacher.cache import teacher_cache
+from segkd.pipeline.teacher.fingerprints import content_digest
 from segkd.storage.errors import RecordError
 from segkd.storage.locks import locked
 
@@ -384,3 +386,104 @@ def test_results_are_json(undisturbed: Path) -> None:
     assert (gain["seeds_verdict"], gain["images_verdict"]) == ("equal", "equal")
     assert document["rows"][0]["metrics"]["boundary_miou"]["count"] == 2
     assert document["conditions"]["device"] == ["cpu"]
+
+
+# Tables from records alone
+
+
+@pytest.fixture
+def bare(undisturbed: Path, tmp_path: Path) -> Path:
+    """A run file with its records, and neither network nor cache nor anything else."""
+    shutil.copy(undisturbed / "run.toml", tmp_path)
+    text = (tmp_path / "run.toml").read_text().replace(str(undisturbed), str(tmp_path))
+    (tmp_path / "run.toml").write_text(text)
+    shutil.copytree(undisturbed / "out" / "ledger", tmp_path / "out" / "ledger")
+    return tmp_path
+
+
+def changed(bare: Path, name: str, **identity: Any) -> None:
+    """Another identity for a record, table by table."""
+    path = bare / "out" / "ledger" / f"{name}.json"
+    record = json.loads(path.read_text())
+    for table, values in identity.items():
+        record["identity"][table] |= values
+    path.write_text(json.dumps({**record, "digest": content_digest(record["identity"])}))
+
+
+def test_tables_come_of_records_alone(undisturbed: Path, bare: Path) -> None:
+    run = load(undisturbed / "run.toml")
+    expected = ablate(plan_sweep(run, undisturbed / "out")).to_dict()
+    result = segkd(bare, "-o", bare / "out", "--tables", "--json", "-q")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    stamp = (
+        "From records alone: whether roles share images, and which labels were learned before, was not looked at again."
+    )
+    assert found.pop("stamps") == [stamp]
+    assert (found["missing"], found["failures"]) == ([], {})
+    del expected["stamps"]
+    assert found == json.loads(json.dumps(expected))
+    assert sorted(path.name for path in bare.iterdir()) == ["out", "run.toml"]
+
+
+def test_what_is_not_recorded_is_missing(bare: Path) -> None:
+    (bare / "out" / "ledger" / "alone.seed-1.json").unlink()
+    found = recorded(load(bare / "run.toml"), Ledger(bare / "out" / "ledger"))
+    assert found.missing == ("alone, seed 1",)
+    assert [row.seeds for row in found.rows] == [(0,), (0, 1)]
+    with pytest.raises(
+        RecordError, match=rf"^{bare}/none has no record of the run file's arms and seeds; check ablate"
+    ):
+        recorded(load(bare / "run.toml"), Ledger(bare / "none"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["train.steps=9"], "train.steps (8, now 9)"),
+        (["student.arguments={width=2}"], "student.arguments.width (None, now 2)"),
+        (["student.reference='enet'"], "student.reference ('network.py:Small', now 'enet')"),
+    ],
+)
+def test_records_of_another_run_file_are_refused(bare: Path, settings: list[str], problem: str) -> None:
+    with pytest.raises(RecordError) as error:
+        recorded(load(bare / "run.toml", settings), Ledger(bare / "out" / "ledger"))
+    assert str(error.value) == (
+        f"{bare}/out/ledger/alone.seed-0.json is the record of a run that differs in {problem}; "
+        "name the ledger of this run file in ablate.ledger"
+    )
+
+
+@pytest.mark.parametrize(
+    ("identity", "problem"),
+    [
+        ({"data": {"report": "other"}}, "the samples of role report"),
+        ({"data": {"auxiliary": "other"}}, "the samples of role auxiliary"),
+        ({"cache": {"weights": "other"}}, "the weights of cache or teacher"),
+        ({"cache": {"coding": "other"}}, "the coding of cache or teacher"),
+    ],
+)
+def test_records_that_do_not_belong_together_are_refused(bare: Path, identity: dict[str, Any], problem: str) -> None:
+    changed(bare, "auxiliary-zero-first.seed-1", **identity)
+    with pytest.raises(RecordError) as error:
+        recorded(load(bare / "run.toml"), Ledger(bare / "out" / "ledger"))
+    before = "alone.seed-0" if "report" in problem else "auxiliary-zero-first.seed-0"
+    assert str(error.value) == (
+        f"{bare}/out/ledger/auxiliary-zero-first.seed-1.json and {bare}/out/ledger/{before}.json are of runs that "
+        f"differ in {problem}, so nothing is to be compared; keep a ledger for each"
+    )
+
+
+def test_other_samples_of_an_arm_s_own_are_marked(bare: Path) -> None:
+    ledger = bare / "out" / "ledger"
+    for seed in (0, 1):
+        shutil.copy(ledger / f"alone.seed-{seed}.json", ledger / f"more.seed-{seed}.json")
+        changed(bare, f"more.seed-{seed}", data={"train": "other"})
+    own = ["ablate.arms.more.like='alone'", "ablate.arms.more.set=['data.scenes.train=9']"]
+    found = recorded(load(bare / "run.toml", own), Ledger(ledger))
+    assert {row.arm: row.unmatched for row in found.rows} == {
+        "alone": (),
+        "auxiliary-zero-first": (),
+        "more": ("samples of role train",),
+    }
+    assert [gain.matched for gain in found.gains if gain.later == "more"] == [False]

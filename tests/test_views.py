@@ -189,7 +189,7 @@ def test_a_view_whose_cells_all_lie_in_padding_is_refused(run: Path) -> None:
         "teacher.preprocessing.scale=0.5",
         "teacher.preprocessing.multiple_of=32",
     ]
-    with pytest.raises(DataError, match=r"^a/0: no cell of the teacher lies in its \d+x\d+ pixels at 0\.0625 times"):
+    with pytest.raises(DataError, match=r"^\w/0: no cell of the teacher lies in its \d+x\d+ pixels at 0\.0625 times"):
         open_run(load(run, settings))
 
 

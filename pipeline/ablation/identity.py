@@ -85,7 +85,7 @@ def identity_of(
         },
         "cache": dict(fingerprints) if arm.distills else {},
     }
-    plain: dict[str, Any] = _finite(json.loads(json.dumps(document)))
+    plain: dict[str, Any] = finite(json.loads(json.dumps(document)))
     return plain
 
 
@@ -111,8 +111,8 @@ def differences(held: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity."""
+def finite(value: Any) -> Any:
+    """A document as identities write it: JSON knows no infinity."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

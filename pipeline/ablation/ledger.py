@@ -117,6 +117,17 @@ class Ledger:
 
     def load(self, arm: str, seed: int, identity: dict[str, Any]) -> RunRecord | None:
         """The record of a run; None where it is not done. Raises RecordError for a record of another run."""
+        record = self.read(arm, seed)
+        if record is not None and (different := differences(record.identity, identity)):
+            raise RecordError(
+                f"{self.path(arm, seed)} is the record of a run that differs in {', '.join(different)}; "
+                "name another folder in ablate.ledger, or remove the record to run it again"
+            )
+        return record
+
+    def read(self, arm: str, seed: int) -> RunRecord | None:
+        """What stands where the record of a run would; None where nothing does. Raises RecordError for no record, and
+        for one that was changed."""
         path = self.path(arm, seed)
         if not path.exists():
             return None
@@ -135,11 +146,6 @@ class Ledger:
             raise RecordError(
                 f"{path}: its scores on role report are not those of its confusion matrices, so the file was changed; "
                 "restore it, or remove it to run it again"
-            )
-        if different := differences(record.identity, identity):
-            raise RecordError(
-                f"{path} is the record of a run that differs in {', '.join(different)}; "
-                "name another folder in ablate.ledger, or remove the record to run it again"
             )
         return record
 
