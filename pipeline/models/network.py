@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
-from segkd.pipeline.evidence import Evidence
+from segkd.pipeline.evidence import Evidence, Row
 from segkd.storage.errors import ConfigError
 from segkd.storage.geometry import Axis, Convention, Mapping, network_axis, resize
 
@@ -132,7 +132,7 @@ class Views:
     and the mean of these probabilities is the teacher's word. That takes time in stage 1, and none where a student
     learns from the cache."""
 
-    evidence: ClassVar[Evidence] = {"flip": None, "scales": None}
+    evidence: ClassVar[Evidence] = {"flip": Row("views.md", "flip"), "scales": Row("views.md", "scales 1, 1.5")}
 
     flip: bool = False
     """Whether it sees each image mirrored left to right, too."""
