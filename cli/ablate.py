@@ -55,6 +55,9 @@ def ablate(
     config = click.get_current_context().params["config"]
     folder = output or str(Path("runs") / f"{Path(config or 'student.toml').stem}-ablate")
     if tables:
+        if print_plan or task is not None:
+            given = "--print-plan" if print_plan else "--task"
+            raise click.UsageError(f"--tables and {given} exclude each other; give the one that is meant")
         found = recorded(run, Ledger(run.ablate.ledger or Path(folder) / "ledger"))
         show(found.to_dict(), found.markdown(), as_json=as_json)
         return

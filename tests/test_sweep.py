@@ -33,7 +33,7 @@ from segkd.pipeline.models.references import described_predictor, load_network
 from segkd.pipeline.student import checkpoint
 from segkd.pipeline.teacher.cache import teacher_cache
 from segkd.pipeline.teacher.fingerprints import content_digest
-from segkd.storage.errors import RecordError
+from segkd.storage.errors import ConfigError, RecordError
 from segkd.storage.locks import locked
 
 NETWORK = '''
@@ -416,10 +416,12 @@ def test_tables_come_of_records_alone(undisturbed: Path, bare: Path) -> None:
     result = segkd(bare, "-o", bare / "out", "--tables", "--json", "-q")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    stamp = (
-        "From records alone: whether roles share images, and which labels were learned before, was not looked at again."
-    )
-    assert found.pop("stamps") == [stamp]
+    record = json.loads((bare / "out" / "ledger" / "auxiliary-zero-first.seed-0.json").read_text())
+    assert found.pop("stamps") == [
+        "From records alone: samples, teacher and coding are the records' own, the teacher's weights "
+        f"{record['identity']['cache']['weights'][:12]}; whether roles share images, and which labels were learned "
+        "before, was not looked at."
+    ]
     assert (found["missing"], found["failures"]) == ([], {})
     del expected["stamps"]
     assert found == json.loads(json.dumps(expected))
@@ -442,7 +444,10 @@ def test_what_is_not_recorded_is_missing(bare: Path) -> None:
     [
         (["train.steps=9"], "train.steps (8, now 9)"),
         (["student.arguments={width=2}"], "student.arguments.width (None, now 2)"),
-        (["student.reference='enet'"], "student.reference ('network.py:Small', now 'enet')"),
+        (["student.reference='other.py:Small'"], "student.reference ('network.py:Small', now 'other.py:Small')"),
+        (["student.preprocessing.scale=0.5"], "student.preprocessing.scale (1.0, now 0.5)"),
+        (["student.align_corners=true"], "student.align_corners (False, now True)"),
+        (["student.init='/no/weights.pth'"], "student.init (None, now 'weights.pth')"),
     ],
 )
 def test_records_of_another_run_file_are_refused(bare: Path, settings: list[str], problem: str) -> None:
@@ -458,6 +463,7 @@ def test_records_of_another_run_file_are_refused(bare: Path, settings: list[str]
     ("identity", "problem"),
     [
         ({"data": {"report": "other"}}, "the samples of role report"),
+        ({"student": {"code": "other"}}, "the student's code"),
         ({"data": {"auxiliary": "other"}}, "the samples of role auxiliary"),
         ({"cache": {"weights": "other"}}, "the weights of cache or teacher"),
         ({"cache": {"coding": "other"}}, "the coding of cache or teacher"),
@@ -467,23 +473,63 @@ def test_records_that_do_not_belong_together_are_refused(bare: Path, identity: d
     changed(bare, "auxiliary-zero-first.seed-1", **identity)
     with pytest.raises(RecordError) as error:
         recorded(load(bare / "run.toml"), Ledger(bare / "out" / "ledger"))
-    before = "alone.seed-0" if "report" in problem else "auxiliary-zero-first.seed-0"
+    before = "alone.seed-0" if "report" in problem or "student" in problem else "auxiliary-zero-first.seed-0"
     assert str(error.value) == (
         f"{bare}/out/ledger/auxiliary-zero-first.seed-1.json and {bare}/out/ledger/{before}.json are of runs that "
         f"differ in {problem}, so nothing is to be compared; keep a ledger for each"
     )
 
 
+OWN = ["ablate.arms.more.like='alone'", "ablate.arms.more.set=['data.scenes.train=9']"]
+
+
 def test_other_samples_of_an_arm_s_own_are_marked(bare: Path) -> None:
     ledger = bare / "out" / "ledger"
     for seed in (0, 1):
-        shutil.copy(ledger / f"alone.seed-{seed}.json", ledger / f"more.seed-{seed}.json")
-        changed(bare, f"more.seed-{seed}", data={"train": "other"})
-    own = ["ablate.arms.more.like='alone'", "ablate.arms.more.set=['data.scenes.train=9']"]
-    found = recorded(load(bare / "run.toml", own), Ledger(ledger))
+        record = json.loads((ledger / f"alone.seed-{seed}.json").read_text())
+        (ledger / f"more.seed-{seed}.json").write_text(json.dumps(record | {"arm": "more"}))
+        with pytest.raises(RecordError, match="are of one and the same run; restore them, or remove one"):
+            recorded(load(bare / "run.toml", OWN), Ledger(ledger))
+        changed(bare, f"more.seed-{seed}", data={"train": "other", "select": "other"})
+    found = recorded(load(bare / "run.toml", OWN), Ledger(ledger))
     assert {row.arm: row.unmatched for row in found.rows} == {
         "alone": (),
         "auxiliary-zero-first": (),
         "more": ("samples of role train",),
     }
     assert [gain.matched for gain in found.gains if gain.later == "more"] == [False]
+
+
+def test_how_long_longer_is_must_be_known(bare: Path) -> None:
+    ledger = Ledger(bare / "out" / "ledger")
+    longer = ["ablate.ladder=['alone', 'alone-longer']", "ablate.seeds=[0]"]
+    assert recorded(load(bare / "run.toml", longer), ledger).missing == ("alone-longer, whose length is not settled",)
+    ledger.settle({"longer": 2.0, "of": {}})
+    assert recorded(load(bare / "run.toml", longer), ledger).missing == ("alone-longer, seed 0",)
+    with pytest.raises(ConfigError, match=r"^ablate\.longer is 3, but .* has settled on 2; leave it out"):
+        recorded(load(bare / "run.toml", [*longer, "ablate.longer=3"]), ledger)
+    ledger.plan.write_text('{"longer": Infinity, "of": {}}')
+    with pytest.raises(RecordError, match="not what a sweep has settled"):
+        recorded(load(bare / "run.toml", longer), ledger)
+    # Nobody asks for it.
+    assert recorded(load(bare / "run.toml"), ledger).missing == ()
+
+
+def test_tables_of_another_teacher_than_the_run_file_s_say_so(bare: Path) -> None:
+    (bare / "teacher.py").write_text("")
+    named = [
+        f"teacher.reference='{bare / 'teacher.py'}:build'",
+        "teacher.arguments={}",
+        "ablate.allow_shared_select=true",
+    ]
+    assert recorded(load(bare / "run.toml", named), Ledger(bare / "out" / "ledger")).stamps[1:] == (
+        "The run file's teacher is another one than that of the records.",
+        "The run file allows that roles select and report share images.",
+    )
+
+
+@pytest.mark.parametrize("other", [["--print-plan"], ["--task", "0/2"]])
+def test_tables_are_printed_and_nothing_else(bare: Path, other: list[str]) -> None:
+    result = segkd(bare, "--tables", *other)
+    assert result.exit_code == 2
+    assert f"--tables and {other[0]} exclude each other; give the one that is meant" in result.output

@@ -137,6 +137,11 @@ class Ledger:
                 f"{path}: {record.format} {record.version}, and this segkd reads {FORMAT} {VERSION}; "
                 "use the segkd that wrote it, or remove it to run it again"
             )
+        if (record.arm, record.seed) != (arm, seed) or not _is_whole(record):
+            raise RecordError(
+                f"{path}: not the record of {arm}, seed {seed}, that its name promises; "
+                "restore it, or remove it to run it again"
+            )
         if record.digest != content_digest(record.identity):
             raise RecordError(
                 f"{path}: its digest is not that of its identity, so the file was changed; "
@@ -173,9 +178,28 @@ class Ledger:
 
     def _settled(self) -> dict[str, Any]:
         plan = _read(self.plan)
-        if not (isinstance(plan.get("longer"), int | float) and isinstance(plan.get("of"), dict)):
+        longer = plan.get("longer")
+        if not (isinstance(longer, int | float) and 1 <= longer < math.inf and isinstance(plan.get("of"), dict)):
             raise RecordError(f"{self.plan}: not what a sweep has settled; restore it, or remove it to measure anew")
         return plan
+
+
+def _is_whole(record: RunRecord) -> bool:
+    """Whether all is there that tables are made of."""
+    tables = {"settings", "student", "data", "cache"}
+    try:
+        height, width = record.cost["shape"]
+        figures = [record.cost["parameters"], record.cost["flops"], record.cost["latency"]["p50_ms"], height, width]
+        scores = [record.report[name] for name in ("miou", "macc", "aacc", "boundary_miou")]
+        scores += [] if record.select is None else [record.select["miou"]]
+    except (KeyError, TypeError, ValueError):
+        return False
+    return (
+        all(isinstance(record.identity.get(name), dict) for name in tables)
+        and isinstance(record.identity.get("distill"), bool)
+        and all(isinstance(figure, int | float) for figure in figures)
+        and all(score is None or isinstance(score, int | float) for score in scores)
+    )
 
 
 def _adds_up(record: RunRecord) -> bool:
@@ -189,7 +213,7 @@ def _adds_up(record: RunRecord) -> bool:
 
 def _equal(counted: float | None, told: Any) -> bool:
     """Up to rounding, which depends on the order in which a processor adds."""
-    if counted is None or not isinstance(told, int | float):
+    if counted is None or told is None:
         return counted is told
     return math.isclose(counted, told, abs_tol=1e-9)
 

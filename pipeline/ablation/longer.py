@@ -20,6 +20,7 @@ import torch
 
 from segkd.pipeline.ablation.arms import FULL, Arm, resolve_arms
 from segkd.pipeline.ablation.config import AblateConfig
+from segkd.pipeline.ablation.ledger import Ledger
 from segkd.pipeline.config import RunConfig
 from segkd.pipeline.data.stream import loader
 from segkd.pipeline.device import find_device
@@ -37,6 +38,28 @@ logger = logging.getLogger(__name__)
 WARMUP, STEPS = 3, 20
 """Steps before those that are timed, and those."""
 REMEDY = "set ablate.longer to the factor yourself, or leave alone-longer out of ablate.ladder"
+
+
+def has_longer(run: RunConfig) -> bool:
+    """Whether the sweep has an arm that trains for longer."""
+    own = (arm.like for arm in run.ablate.arms.values())
+    return "alone-longer" in (*run.ablate.ladder, *own)
+
+
+def stated_longer(run: RunConfig, ledger: Ledger) -> float | None:
+    """The factor as the run file sets it, or as the ledger has settled it; None where neither does, or none is needed.
+
+    Raises ConfigError where the two contradict each other.
+    """
+    if not has_longer(run):
+        return None
+    fixed, settled = run.ablate.longer, ledger.settled()
+    if settled is not None and fixed and settled["longer"] != fixed:
+        raise ConfigError(
+            f"ablate.longer is {fixed:g}, but {ledger.plan} has settled on {settled['longer']:g}; "
+            "leave it out, or name another folder in ablate.ledger"
+        )
+    return fixed or (None if settled is None else float(settled["longer"]))
 
 
 def measure_longer(run: RunConfig) -> dict[str, Any]:

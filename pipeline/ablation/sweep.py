@@ -14,7 +14,7 @@ from segkd.pipeline.ablation.arms import Arm, resolve_arms
 from segkd.pipeline.ablation.gains import Records, gains, rows
 from segkd.pipeline.ablation.identity import Held, identity_of, read_held
 from segkd.pipeline.ablation.ledger import Ledger, RunRecord
-from segkd.pipeline.ablation.longer import circumstances, measure_longer
+from segkd.pipeline.ablation.longer import circumstances, has_longer, measure_longer, stated_longer
 from segkd.pipeline.ablation.processes import run_jobs
 from segkd.pipeline.ablation.table import Results
 from segkd.pipeline.ablation.worker import Job
@@ -132,7 +132,7 @@ def plan_sweep(run: RunConfig, output: str | Path, *, measure: bool = True, prog
         groups=groups,
         records=_records(jobs, groups),
         stamps=stamps,
-        unmeasured=longer is None and _has_longer(run),
+        unmeasured=longer is None and has_longer(run),
     )
 
 
@@ -244,23 +244,13 @@ def _cache_of(run: RunConfig) -> CacheSpec:
     return cache.spec
 
 
-def _has_longer(run: RunConfig) -> bool:
-    own = (arm.like for arm in run.ablate.arms.values())
-    return "alone-longer" in (*run.ablate.ladder, *own)
-
-
 def _longer(run: RunConfig, ledger: Ledger, measure: bool) -> float | None:
     """The factor of "alone-longer": as set, or as settled, or as it is measured now; None without any."""
-    if not _has_longer(run):
+    if not has_longer(run):
         return None
-    fixed, settled = run.ablate.longer, ledger.settled()
-    if settled is not None and fixed and settled["longer"] != fixed:
-        raise ConfigError(
-            f"ablate.longer is {fixed:g}, but {ledger.plan} has settled on {settled['longer']:g}; "
-            "leave it out, or name another folder in ablate.ledger"
-        )
-    if fixed:
-        return fixed
+    stated, settled = stated_longer(run, ledger), ledger.settled()
+    if run.ablate.longer:
+        return stated
     if settled is not None and (others := differing(settled["of"], circumstances(run))):
         raise ConfigError(
             f"{ledger.plan} has the length of alone-longer for another run, which differs in {', '.join(others)}; "
