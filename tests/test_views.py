@@ -184,6 +184,13 @@ def test_a_view_whose_cells_all_lie_in_padding_is_refused(run: Path) -> None:
     )
     with pytest.raises(NetworkError, match=f"^{re.escape(expected)}$"):
         predictor.predict([noise(12, 64)], ["img"])
+    with pytest.raises(
+        NetworkError, match=r"^an image: no cell of the teacher lies in its 12x64 pixels at 0\.25 times"
+    ):
+        predictor_of(Views(scales=(0.25,)), replace(AS_IT_IS, multiple_of=32)).predict([noise(12, 64)])
+    # Three pixels, padded to 32: the first centre lies at 3.5. Twice as large it would be seen.
+    large = predictor_of(Views(scales=(2.0,)), replace(AS_IT_IS, multiple_of=32))
+    assert large.blind_scale(3, 64) == 1
     settings = [
         "teacher.views.scales=[0.0625]",
         "teacher.preprocessing.scale=0.5",

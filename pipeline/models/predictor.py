@@ -112,6 +112,7 @@ class Predictor:
         self.network = network.to(self.device).eval()
         self.grid: Grid = network.grid  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
         self.views = views_of(config)
+        self._plain = View(1.0, config.preprocessing, mirrored=False)
         self._groups = class_groups(config, classes)
 
     def mapping(self, height: int, width: int) -> Mapping:
@@ -119,8 +120,11 @@ class Predictor:
         return kept_cells(self.grid, self.config.preprocessing, height, width)[0]
 
     def blind_scale(self, height: int, width: int) -> float | None:
-        """The scale of the first view in which no cell lies in an image of that size, but only in its padding."""
-        blind = (view for view in self.views if 0 in view.kept_cells(self.grid, height, width)[0].shape)
+        """The scale of a view in which no cell lies in an image of that size but in its padding; None without any.
+
+        The plain image is among them in any case: on its cells the answers are.
+        """
+        blind = (view for view in (self._plain, *self.views) if 0 in view.kept_cells(self.grid, height, width)[0].shape)
         return next((view.scale for view in blind), None)
 
     def prepare(self, image: npt.NDArray[np.uint8]) -> tuple[Tensor, ...]:
@@ -142,13 +146,14 @@ class Predictor:
         left, and NetworkError where the output is not what the description says and where a view has no cell.
         """
         mapping = self.mapping(*image_size)
-        if len(self.views) > 1 and (scale := self.blind_scale(*image_size)) is not None:
+        plainly = self.views == (self._plain,)
+        if not plainly and (scale := self.blind_scale(*image_size)) is not None:
             raise NetworkError(no_cell(names[0] if names else "an image", image_size, scale))
         total_NChw: Tensor | None = None
         for view, inputs_N3HW in zip(self.views, prepared, strict=True):
             seen, kept = view.kept_cells(self.grid, *image_size)
             log_probs_NChw = self._answer(inputs_N3HW, kept, names)
-            if len(self.views) == 1 and seen == mapping:
+            if plainly:
                 return log_probs_NChw, mapping
             probs_NChw = to_cells(log_probs_NChw, seen, mapping).exp()
             total_NChw = probs_NChw if total_NChw is None else total_NChw + probs_NChw
