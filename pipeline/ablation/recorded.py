@@ -22,7 +22,8 @@ from segkd.pipeline.config import RunConfig
 from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.models.references import BUILT_IN
 from segkd.pipeline.settings import to_dict
-from segkd.pipeline.teacher.fingerprints import code_of, content_digest, portable
+from segkd.pipeline.teacher.fingerprints import code_of, content_digest
+from segkd.pipeline.teacher.named import described_leaves, is_file_of
 from segkd.storage.differences import difference, leaves
 from segkd.storage.errors import RecordError
 
@@ -77,22 +78,15 @@ def _require_of_arm(path: Path, record: RunRecord, arm: Arm, seed: int) -> None:
 def _of_student(student: NetworkConfig, kept: Mapping[str, Any]) -> Iterator[str]:
     """In what a run file's student differs from a record's, as far as can be told without its files."""
     held = dict(leaves({name: value for name, value in kept.items() if name != "code"}))
-    now = _described(student)
+    now = finite(described_leaves(student))
     # A module or a checkpoint may say of itself what a run file leaves at its default.
-    defaults = {} if student.reference in BUILT_IN else _described(NetworkConfig(reference=""))
+    defaults = {} if student.reference in BUILT_IN else described_leaves(NetworkConfig(reference=""))
     defaults.pop("init", None)
     for key in sorted(held.keys() | now.keys()):
         before, after = held.get(key), now.get(key)
         left_out = key in defaults and after == defaults[key]
-        # Files are known by name and content, and may not be here.
-        same_file = isinstance(before, str) and before.startswith(f"{Path(str(after)).name} sha256:")
-        if before != after and not left_out and not same_file:
+        if before != after and not left_out and not is_file_of(after, before):
             yield difference(f"student.{key}", before, after)
-
-
-def _described(network: NetworkConfig) -> dict[str, Any]:
-    """The leaves of a description as a record keeps it."""
-    return dict(leaves(finite(json.loads(json.dumps(portable(network))))))
 
 
 def _require_together(ledger: Ledger, arms: Mapping[str, Arm], records: Records) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from segkd.pipeline.models.network import TeacherConfig
+from segkd.pipeline.models.network import NetworkConfig, TeacherConfig
 from segkd.pipeline.settings import to_dict
 from segkd.pipeline.teacher.fingerprints import code_of, content_digest, portable
 from segkd.storage.differences import difference, leaves
@@ -23,13 +23,13 @@ def require_named_teacher(spec: CacheSpec, teacher: TeacherConfig | None, cache:
     """
     if teacher is None:
         return
-    defaults, stated = dict(leaves(to_dict(TeacherConfig(reference="")))), _described(teacher)
+    defaults, stated = dict(leaves(to_dict(TeacherConfig(reference="")))), described_leaves(teacher)
     # A cache knows nothing of settings that are younger, and was made as if they stood at their defaults.
     kept = defaults | dict(leaves(spec.teacher))
     differing = [
         difference(key, kept.get(key), value)
         for key, value in stated.items()
-        if value not in (defaults.get(key), kept.get(key)) and not _is_absent_file(value, kept.get(key))
+        if value not in (defaults.get(key), kept.get(key)) and not is_file_of(value, kept.get(key))
     ]
     if not differing:
         code = code_of(teacher.reference)
@@ -43,11 +43,11 @@ def require_named_teacher(spec: CacheSpec, teacher: TeacherConfig | None, cache:
         )
 
 
-def _described(network: TeacherConfig) -> dict[str, Any]:
-    """The leaves of a description as a cache keeps it, read from JSON."""
+def described_leaves(network: NetworkConfig) -> dict[str, Any]:
+    """The leaves of a description as caches and records keep it, read from JSON."""
     return dict(leaves(json.loads(json.dumps(portable(network)))))
 
 
-def _is_absent_file(value: Any, kept: Any) -> bool:
-    """Whether a path of an argument is that of the file whose content the cache knows."""
+def is_file_of(value: Any, kept: Any) -> bool:
+    """Whether a path names the file whose content a description knows; it may not be here."""
     return isinstance(kept, str) and kept.startswith(f"{Path(str(value)).name} sha256:")
