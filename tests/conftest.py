@@ -87,6 +87,12 @@ def fault_runs() -> ModuleType:
     return _benchmark("fault_runs")
 
 
+@pytest.fixture(scope="session")
+def published() -> ModuleType:
+    """``benchmarks/published.py``: the tables of docs/results that come out of records."""
+    return _benchmark("published")
+
+
 def _benchmark(name: str) -> ModuleType:
     # As when one of them is run: they are scripts beside each other, not a package.
     folder = str(ROOT / "benchmarks")

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import typing
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar, Literal
 
 import pytest
@@ -16,7 +17,8 @@ from segkd.pipeline.evidence import Evidence, Row, evidence_of
 from segkd.pipeline.settings import settings
 from segkd.pipeline.student.knowledge.config import KnowledgeConfig
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
 STATED = {
     kind: evidence
     for kind in dict.fromkeys(setting.owner for setting in settings(RunConfig))
@@ -44,6 +46,26 @@ def test_evidence_is_of_a_setting_and_its_row_exists(kind: type) -> None:
 def test_rows_are_told_from_what_is_no_row() -> None:
     assert "student, distilled" in rows("demo.md")
     assert "student, reborn" not in rows("demo.md")
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in RESULTS.glob("*.md")))
+def test_tables_are_what_the_records_beside_them_print(
+    page: str, published: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it fails, records or how they are told have changed: ``python benchmarks/published.py`` writes pages anew."""
+    monkeypatch.chdir(ROOT)
+    text = (RESULTS / page).read_text(encoding="utf-8")
+    # A command that is not told apart would let its table grow old.
+    assert len(published.commands(text)) == text.count("\nsegkd ablate") - text.count(" --output runs/camvid-s-")
+    assert published.renewed(text) == text
+
+
+def test_a_table_that_records_do_not_print_is_found(published: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (_, page), *_ = published.pages()
+    changed = re.sub(r"(\| alone \| \d+ \| )\d", r"\g<1>9", page, count=1)
+    assert changed != page
+    assert published.renewed(changed) == page
 
 
 @pytest.mark.parametrize("kind", KnowledgeConfig().kinds(), ids=lambda kind: kind.name)

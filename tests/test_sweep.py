@@ -313,7 +313,7 @@ def test_rows_gains_and_what_must_be_known(undisturbed: Path) -> None:
     results = made_up(undisturbed, {"alone": alone, "auxiliary-zero-first": better, "all": [46.0] * 5}, upper="all")
     text = results.markdown()
     assert text.startswith("**It must be known.**\n\n| arm | seeds | mIoU |")
-    lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in reversed(text.splitlines())}
     assert "| 5 | 41.00 ± 1.58 | 41.00 ± 1.58 | 32 | 0 | 32 | 0.00 M |" in lines["alone"]
     assert "| 5 | 43.00 ± " in lines["auxiliary-zero-first"]
     assert lines["auxiliary-zero-first"].endswith("| 40 % |")
@@ -360,6 +360,23 @@ def test_a_gap_closed_says_of_how_many_seeds(undisturbed: Path) -> None:
     for upper, told in (([46.0], "50 % of 1 seed"), ([46.0, 52.0], "40 % of 2 seeds"), ([46.0, 52.0, 47.0], "25 %")):
         lines = made_up(undisturbed, {**scores, "all": upper}, upper="all").markdown().splitlines()
         assert next(line for line in lines if line.startswith("| auxiliary-zero-first | 3 ")).endswith(f" | {told} |")
+
+
+def test_the_scores_of_each_seed_are_told(undisturbed: Path) -> None:
+    """Of arms that have other seeds than the first, and of roles without a score, too."""
+    scores = {"alone": [40.0, 41.0, 42.0], "auxiliary-zero-first": [43.0, 44.126], "all": [46.0]}
+    on_select: dict[str, list[float | None]] = {
+        "alone": [30.0, 31.0, 32.0],
+        "auxiliary-zero-first": [33.0, None],
+        "all": [36.0],
+    }
+    text = made_up(undisturbed, scores, on_select, upper="all").markdown()
+    assert (
+        "\n\n| seed: mIoU on report / on select | 0 | 1 | 2 |\n|---|---|---|---|\n"
+        "| alone | 40.00 / 30.00 | 41.00 / 31.00 | 42.00 / 32.00 |\n"
+        "| auxiliary-zero-first | 43.00 / 33.00 | 44.13 / n/a |  |\n"
+        "| all† | 46.00 / 36.00 |  |  |\n\n"
+    ) in text
 
 
 def test_only_common_seeds_are_paired_and_one_seed_decides_nothing(undisturbed: Path) -> None:

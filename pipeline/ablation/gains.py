@@ -44,6 +44,9 @@ class Row:
     metrics: dict[str, Mean | None]
     """Of each of :data:`METRICS` on role report, in percent; None where a seed has none."""
     select_miou: Mean | None
+    miou_by_seed: tuple[float | None, ...]
+    """On role report, a seed each."""
+    select_miou_by_seed: tuple[float | None, ...]
     steps: int
     labelled: int
     """Labelled images seen, counted each time; of one run."""
@@ -124,6 +127,8 @@ def _row(arm: Arm, records: Records, upper: str) -> Row:
         seeds=tuple(by_seed),
         metrics={metric: _mean([run.report[metric] for run in runs]) for metric in METRICS},
         select_miou=_mean([_select(run) for run in runs]),
+        miou_by_seed=tuple(run.report["miou"] for run in runs),
+        select_miou_by_seed=tuple(_select(run) for run in runs),
         steps=first.steps,
         labelled=first.seen.labelled,
         auxiliary=first.seen.auxiliary,

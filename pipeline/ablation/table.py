@@ -45,10 +45,10 @@ class Results:
         }
 
     def markdown(self) -> str:
-        """Two tables and what must be known to read them."""
+        """The arms, their scores by seed, their gains, and what must be known to read them."""
         parts = [f"**{stamp}**" for stamp in self.stamps]
         if self.rows:
-            parts += ["\n".join(self._arm_table()), "\n".join(self._notes())]
+            parts += ["\n".join(self._arm_table()), "\n".join(self._notes()), "\n".join(self._seed_table())]
         if self.gains:
             parts += ["\n".join(self._gain_table()), self._gain_note()]
         if self.missing:
@@ -77,6 +77,15 @@ class Results:
                 f"{row.latency_ms:.1f} ms",
             ]
             yield _line([*cells, *([closed] if upper else [])])
+
+    def _seed_table(self) -> Iterator[str]:
+        """The scores that means are of, so that pairs can be seen."""
+        seeds = sorted({seed for row in self.rows for seed in row.seeds})
+        yield from _head(["seed: mIoU on report / on select", *map(str, seeds)])
+        for row in self.rows:
+            both = zip(row.seeds, row.miou_by_seed, row.select_miou_by_seed, strict=True)
+            scores = {seed: f"{_score(report)} / {_score(select)}" for seed, report, select in both}
+            yield _line([f"{row.arm}{MARK if row.unmatched else ''}", *(scores.get(seed, "") for seed in seeds)])
 
     def _gain_table(self) -> Iterator[str]:
         over = ["95 % over seeds", "", "95 % over images", ""]
@@ -149,6 +158,10 @@ def _mean(value: Mean | None) -> str:
     if value is None:
         return "n/a"
     return f"{value.mean:.2f}" if value.sd is None else f"{value.mean:.2f} ± {value.sd:.2f}"
+
+
+def _score(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
 
 
 def _interval(interval: Interval | None) -> str:

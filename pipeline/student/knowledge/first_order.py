@@ -26,7 +26,7 @@ class FirstOrder(Knowledge):
     # So that the student's neighbours, the cells that count, are those that the teacher's map was made from.
     with_neighbours: ClassVar[bool] = True
     evidence: ClassVar[Evidence] = {
-        "form=softmax": Row("camvid-s.md", "auxiliary-zero-first ‡"),
+        "form=softmax": Row("camvid-s.md", "auxiliary-zero-first"),
         "form=logits": Row("first-order.md", "logits"),
         "teacher_map": Row("first-order.md", "recomputed"),
         "near": Row("first-order.md", "edges"),
