@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import EllipsisType
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Features = Literal["softmax", "logits"]
 Slices: TypeAlias = tuple[EllipsisType, slice, slice]
@@ -46,24 +47,51 @@ def first_order_map(features_NChw: Tensor, exists_Nhw: Tensor | None = None) -> 
 
     A cell has 8 neighbours inside the grid, 5 on an edge and 3 in a corner, less those that ``exists_Nhw`` (bool)
     rules out. Without any, and where a cell does not itself exist, the value is 0. Features of cells that do not exist
-    must be finite. In float32 even under autocast (a float64 input stays float64).
+    must be finite. In float32 even under autocast (a float64 input stays float64). Differentiable once.
     """
     with torch.autocast(features_NChw.device.type, enabled=False):
         features = _single_precision(features_NChw)
-        count, _, height, width = features.shape
         if exists_Nhw is None:
-            exists_Nhw = torch.ones((count, height, width), dtype=torch.bool, device=features.device)
-        total_Nhw = features.new_zeros(exists_Nhw.shape)
-        neighbours_Nhw = torch.zeros_like(total_Nhw)
-        for here, there in _pairs(height, width):
-            both = (exists_Nhw[here] & exists_Nhw[there]).to(features.dtype)
-            squared = (features[here] - features[there]).square().sum(1)
+            exists_Nhw = torch.ones_like(features[:, 0], dtype=torch.bool)
+        found: Tensor = _FirstOrderMap.apply(features, exists_Nhw)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return found
+
+
+class _FirstOrderMap(torch.autograd.Function):
+    """With a gradient of its own, which takes the differences anew, pair by pair, and adds them up in place: autograd
+    would keep four of them, and add up eight tensors of zeros with a slice filled in."""
+
+    @staticmethod
+    def forward(ctx: Any, features_NChw: Tensor, exists_Nhw: Tensor) -> Tensor:
+        total_Nhw = features_NChw.new_zeros(exists_Nhw.shape)
+        neighbours_Nhw, steepness = torch.zeros_like(total_Nhw), []
+        for here, there in _pairs(*exists_Nhw.shape[1:]):
+            both = (exists_Nhw[here] & exists_Nhw[there]).to(features_NChw.dtype)
+            squared = (features_NChw[here] - features_NChw[there]).square_().sum(1)
+            root = (squared + EPSILON**2).sqrt_()
             # sqrt(s + e^2) - e without its cancellation: exactly 0 for equal cells.
-            distance = squared / ((squared + EPSILON**2).sqrt() + EPSILON) * both
+            distance = squared / (root + EPSILON) * both
             for side in (here, there):
                 total_Nhw[side] += distance
                 neighbours_Nhw[side] += both
-        return total_Nhw / neighbours_Nhw.clamp_min(1.0)
+            steepness.append(both / root)
+        neighbours_Nhw.clamp_min_(1.0)
+        ctx.save_for_backward(features_NChw, neighbours_Nhw, *steepness)
+        return total_Nhw.div_(neighbours_Nhw)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given_Nhw: Tensor) -> tuple[Tensor, None]:
+        features_NChw, neighbours_Nhw, *steepness = ctx.saved_tensors
+        given_Nhw = given_Nhw / neighbours_Nhw
+        gradient_NChw = torch.zeros_like(features_NChw)
+        for (here, there), steep in zip(_pairs(*given_Nhw.shape[1:]), steepness, strict=True):
+            # Of sqrt(|d|^2 + e^2) the gradient with respect to d is d over that root.
+            pull = features_NChw[here] - features_NChw[there]
+            pull *= ((given_Nhw[here] + given_Nhw[there]) * steep)[:, None]
+            gradient_NChw[here] += pull
+            gradient_NChw[there] -= pull
+        return gradient_NChw, None
 
 
 def class_edges(classes_Nhw: Tensor, exists_Nhw: Tensor) -> Tensor:

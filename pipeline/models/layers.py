@@ -30,8 +30,8 @@ def relu(_channels: int) -> nn.Module:
 
 
 def relu6(_channels: int) -> nn.Module:
-    """ReLU clipped at 6, in place: the MobileNets' activation."""
-    return nn.ReLU6(inplace=True)
+    """ReLU clipped at 6: the MobileNets' activation. Not in place, since autograd would first copy what it clips."""
+    return nn.ReLU6()
 
 
 class Network(nn.Module):
@@ -72,7 +72,9 @@ class DilatedDepthwise(nn.Conv2d):
         # Smaller phases are mostly padding.
         if not (self.training and features_NChw.device.type == "cpu" and min(height, width) >= 3 * d):
             return super().forward(features_NChw)
-        padded_NhwC = F.pad(features_NChw.permute(0, 2, 3, 1), (0, 0, 0, -width % d, 0, -height % d))
+        padded_NhwC = features_NChw.permute(0, 2, 3, 1)
+        if height % d or width % d:
+            padded_NhwC = F.pad(padded_NhwC, (0, 0, 0, -width % d, 0, -height % d))
         count, rows, columns, channels = padded_NhwC.shape
         # Channels stay last in memory, as they are while training.
         split_NddhwC = padded_NhwC.reshape(count, rows // d, d, columns // d, d, channels).permute(0, 2, 4, 1, 3, 5)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from segkd.pipeline.evidence import Evidence, Row
+from segkd.pipeline.resample import LOWEST
 from segkd.pipeline.student.knowledge.base import Cells, ClassWeighted, Need
 
 
@@ -46,12 +46,16 @@ class ZeroOrder(ClassWeighted):
         return (Need(target="soft", temperatures=(self.temperature, *weighing)),)
 
     def crop_values(self, logits_SChw: Tensor, teacher: Mapping[str, Tensor], cells: Cells) -> Tensor:
-        teacher_SChw = (teacher["soft"] / self.temperature).softmax(1)
+        log_teacher_SChw = (teacher["soft"] / self.temperature).log_softmax(1)
+        teacher_SChw = log_teacher_SChw.exp()
         if self.form == "squared":
             values_Shw = ((logits_SChw / self.temperature).softmax(1) - teacher_SChw).square().sum(1)
         else:
-            student_SChw = (logits_SChw / self.temperature).log_softmax(1)
-            values_Shw = self.temperature**2 * F.kl_div(student_SChw, teacher_SChw, reduction="none").sum(1)
+            log_student_SChw = (logits_SChw / self.temperature).log_softmax(1)
+            # F.kl_div would take the teacher's logarithms again, which is most of its time on a CPU.
+            ratios_SChw = log_teacher_SChw.clamp_min(LOWEST) - log_student_SChw
+            values_Shw = self.temperature**2 * (teacher_SChw * ratios_SChw).sum(1)
         if self.class_weighted:
-            values_Shw = values_Shw * cells.class_weights_of(teacher["soft"].softmax(1))
+            plain_SChw = teacher_SChw if self.temperature == 1 else teacher["soft"].softmax(1)
+            values_Shw = values_Shw * cells.class_weights_of(plain_SChw)
         return cells.means(values_Shw)
