@@ -60,6 +60,15 @@ def test_tables_are_what_the_records_beside_them_print(
     assert published.renewed(text) == text
 
 
+def test_gains_in_the_readme_are_those_of_the_page() -> None:
+    page = (RESULTS / "camvid-s.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    gains = re.findall(r"\| \*\*(\+\S+)\*\* \((\S+ to \S+)\) \| (\S+ to \S+) \|", readme)
+    assert len(gains) >= 2
+    for mean, over_seeds, over_images in gains:
+        assert f"| {mean} | {over_seeds} | gain | {over_images} | gain |" in page
+
+
 def test_a_table_that_records_do_not_print_is_found(published: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     (_, page), *_ = published.pages()
