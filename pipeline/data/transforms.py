@@ -115,19 +115,18 @@ class Crop:
         """The crop of an H,W,3 image of ``image_size``; :data:`PADDING` outside it."""
         assert image.shape[:2] == self.image_size
         rows, columns = self.visible
-        crop = np.empty((*self.size, 3), np.uint8)
-        crop[:] = PADDING
-        crop[rows.start : rows.stop, columns.start : columns.stop] = np.asarray(self.resample(Image.fromarray(image)))
-        return crop
+        crop = Image.new("RGB", (self.size[1], self.size[0]), PADDING)
+        crop.paste(self.resample(Image.fromarray(image)), (columns.start, rows.start))
+        return np.array(crop)
 
     def labels(self, labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The crop of an H,W label map of ``image_size``: the nearest pixel's label; 255 outside the image."""
         assert labels.shape == self.image_size
         rows, columns = self.visible
         crop = np.full(self.size, IGNORE, np.uint8)
-        crop[rows.start : rows.stop, columns.start : columns.stop] = labels[
-            np.ix_(_nearest(self.y, rows), _nearest(self.x, columns))
-        ]
+        # One axis after the other, which numpy does several times as fast as both at once.
+        seen = labels[_nearest(self.y, rows)][:, _nearest(self.x, columns)]
+        crop[rows.start : rows.stop, columns.start : columns.stop] = seen
         return crop
 
 
