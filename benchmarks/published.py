@@ -3,7 +3,8 @@
     python benchmarks/published.py            # writes them into the pages anew
     python benchmarks/published.py --check    # names what differs, with exit status 1
 
-A page shows a command in a fence of its own, and what it prints between two comments:
+A page shows a command in a fence of its own, of segkd or of a script beside this one, and what it prints between two
+comments:
 
     ```sh
     segkd ablate --config configs/camvid-s.toml --tables
@@ -21,7 +22,9 @@ import argparse
 import contextlib
 import io
 import re
+import runpy
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,15 +32,25 @@ from segkd.cli.main import main as segkd
 
 PAGES = Path("docs/results")
 BLOCK = re.compile(
-    r"(?P<head>```sh\nsegkd (?P<command>[^`]*)```\n\n<!-- prints -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+    r"(?P<head>```sh\n(?P<command>(?:segkd|python benchmarks/)[^`]*)```\n\n<!-- prints -->\n)"
+    r"(?:(?!<!-- prints -->).)*?(?P<end><!-- end -->)",
+    re.DOTALL,
 )
 
 
 def printed(command: str) -> str:
-    """What ``segkd`` prints to standard output for the arguments of a command line."""
-    out = io.StringIO()
+    """What a command line prints to standard output."""
+    program, *arguments = shlex.split(command.replace("\\\n", " "))
+    given, out = sys.argv, io.StringIO()
     with contextlib.redirect_stdout(out):
-        segkd(shlex.split(command.replace("\\\n", " ")), standalone_mode=False)
+        if program == "segkd":
+            segkd(arguments, standalone_mode=False)
+        else:
+            sys.argv = arguments
+            try:
+                runpy.run_path(arguments[0], run_name="__main__")
+            finally:
+                sys.argv = given
     return out.getvalue()
 
 

@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Features = Literal["softmax", "logits"]
 Slices: TypeAlias = tuple[EllipsisType, slice, slice]
@@ -47,7 +46,8 @@ def first_order_map(features_NChw: Tensor, exists_Nhw: Tensor | None = None) -> 
 
     A cell has 8 neighbours inside the grid, 5 on an edge and 3 in a corner, less those that ``exists_Nhw`` (bool)
     rules out. Without any, and where a cell does not itself exist, the value is 0. Features of cells that do not exist
-    must be finite. In float32 even under autocast (a float64 input stays float64). Differentiable once.
+    must be finite. In float32 even under autocast (a float64 input stays float64). Differentiable once, and not
+    by torch.func.
     """
     with torch.autocast(features_NChw.device.type, enabled=False):
         features = _single_precision(features_NChw)
@@ -80,8 +80,9 @@ class _FirstOrderMap(torch.autograd.Function):
         return total_Nhw.div_(neighbours_Nhw)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, given_Nhw: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the first-order map is differentiable once: leave out create_graph=True")
         features_NChw, neighbours_Nhw, *steepness = ctx.saved_tensors
         given_Nhw = given_Nhw / neighbours_Nhw
         gradient_NChw = torch.zeros_like(features_NChw)

@@ -93,6 +93,12 @@ def published() -> ModuleType:
     return _benchmark("published")
 
 
+@pytest.fixture(scope="session")
+def where() -> ModuleType:
+    """``benchmarks/where.py``: a gain by classes and by parts of role report."""
+    return _benchmark("where")
+
+
 def _benchmark(name: str) -> ModuleType:
     # As when one of them is run: they are scripts beside each other, not a package.
     folder = str(ROOT / "benchmarks")

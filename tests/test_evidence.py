@@ -9,9 +9,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import ClassVar, Literal
 
+import numpy as np
 import pytest
 
 from segkd.cli.reference import accuracy, pages
+from segkd.pipeline.ablation.ledger import Ledger
+from segkd.pipeline.ablation.statistics import paired_t
 from segkd.pipeline.config import RunConfig
 from segkd.pipeline.evidence import Evidence, Row, evidence_of
 from segkd.pipeline.settings import settings
@@ -24,6 +27,9 @@ STATED = {
     for kind in dict.fromkeys(setting.owner for setting in settings(RunConfig))
     if (evidence := evidence_of(kind))
 }
+
+
+TABLES = re.compile(r"^segkd ablate .*--tables", re.MULTILINE)
 
 
 def rows(page: str) -> set[str]:
@@ -56,17 +62,21 @@ def test_tables_are_what_the_records_beside_them_print(
     monkeypatch.chdir(ROOT)
     text = (RESULTS / page).read_text(encoding="utf-8")
     # A command that is not told apart would let its table grow old.
-    assert len(published.commands(text)) == text.count("\nsegkd ablate") - text.count(" --output runs/camvid-s-")
+    assert len(published.commands(text)) == text.count("<!-- prints -->") == text.count("<!-- end -->")
+    assert sum("--tables" in command for command in published.commands(text)) == len(TABLES.findall(text))
     assert published.renewed(text) == text
 
 
 def test_gains_in_the_readme_are_those_of_the_page() -> None:
     page = (RESULTS / "camvid-s.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    gains = re.findall(r"\| \*\*(\+\S+)\*\* \((\S+ to \S+)\) \| (\S+ to \S+) \|", readme)
-    assert len(gains) >= 2
-    for mean, over_seeds, over_images in gains:
-        assert f"| {mean} | {over_seeds} | gain | {over_images} | gain |" in page
+    gain = r"\| (\S+) \| \*\*(\S+)\*\* \((\S+ to \S+)\) \| (\S+ to \S+) \|"
+    told = re.findall(gain, readme.replace("**54.", "54.").replace("** |", " |"))
+    assert len(told) == 2
+    for arm, (mean, difference, over_seeds, over_images) in zip(("zero", "zero-first"), told, strict=True):
+        assert f"| auxiliary-{arm} | 5 | {mean} ± " in page
+        row = next(line for line in page.splitlines() if line.startswith(f"| auxiliary-{arm} − alone |"))
+        assert f" | 5 | {difference} | {over_seeds} | gain | {over_images} | gain |" in row
 
 
 def test_a_table_that_records_do_not_print_is_found(published: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +85,33 @@ def test_a_table_that_records_do_not_print_is_found(published: ModuleType, monke
     changed = re.sub(r"(\| alone \| \d+ \| )\d", r"\g<1>9", page, count=1)
     assert changed != page
     assert published.renewed(changed) == page
+
+
+def test_a_gain_by_classes_and_parts_is_that_of_the_records(where: ModuleType) -> None:
+    ledger = RESULTS / "ledger" / "camvid-s-init"
+    both = where.pairs(Ledger(ledger), "auxiliary-zero", "zero")
+    stated = [[run.report["per_class"] for run in pair] for pair in both]
+    for row in where.of_classes(both):
+        later, earlier = np.mean([[run[row.what] for run in pair] for pair in stated], 0)
+        assert (row.later, row.earlier) == pytest.approx((later, earlier))
+    (whole,) = where.of_parts(both, 1)
+    later, earlier = np.transpose([[run.report["miou"] for run in pair] for pair in both])
+    assert (whole.later, whole.earlier) == pytest.approx((later.mean(), earlier.mean()))
+    expected = paired_t(list(later - earlier))
+    assert expected is not None
+    assert (whole.over_seeds.low, whole.over_seeds.high) == pytest.approx((expected.low, expected.high))
+    images = both[0][0].images.ids
+    assert [row.what for row in where.of_parts(both, 2)] == [
+        f"{images[0]} to {images[49]}",
+        f"{images[50]} to {images[-1]}",
+    ]
+
+
+def test_a_table_without_an_end_is_left_alone(published: ModuleType) -> None:
+    """Up to the next one's end stands text that is nobody's output."""
+    fence = "```sh\nsegkd ablate --tables\n```\n\n<!-- prints -->\n"
+    page = f"{fence}\nprose\n\n{fence}<!-- end -->\n"
+    assert [match.start() for match in published.BLOCK.finditer(page)] == [page.rindex("```sh")]
 
 
 @pytest.mark.parametrize("kind", KnowledgeConfig().kinds(), ids=lambda kind: kind.name)

@@ -92,6 +92,20 @@ def test_gradient(form: Features, masked: bool) -> None:
     assert torch.autograd.gradcheck(lambda s: first_order_map(features_of(s, form), exists), inputs)
 
 
+@pytest.mark.parametrize("size", [(0, 3), (3, 0), (1, 1)])
+def test_gradient_without_a_pair(size: tuple[int, int]) -> None:
+    features = scores(2, 3, *size).requires_grad_()
+    (gradient,) = torch.autograd.grad(first_order_map(features).sum(), features)
+    assert gradient.shape == features.shape
+    assert torch.count_nonzero(gradient) == 0
+
+
+def test_differentiable_once() -> None:
+    features = scores(1, 3, 3, 3).requires_grad_()
+    with pytest.raises(RuntimeError, match="is differentiable once: leave out create_graph=True"):
+        torch.autograd.grad(first_order_map(features).sum(), features, create_graph=True)
+
+
 @pytest.mark.parametrize("turn", [lambda t: t.flip(-1), lambda t: t.flip(-2), lambda t: t.transpose(-1, -2)])
 def test_moves_with_the_cells(turn) -> None:  # type: ignore[no-untyped-def]
     features = features_of(scores(1, 4, 5, 7), "softmax")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,8 +31,8 @@ def relu(_channels: int) -> nn.Module:
 
 
 def relu6(_channels: int) -> nn.Module:
-    """ReLU clipped at 6: the MobileNets' activation. Not in place, since autograd would first copy what it clips."""
-    return nn.ReLU6()
+    """ReLU clipped at 6: the MobileNets' activation."""
+    return ReLU6()
 
 
 class Network(nn.Module):
@@ -84,6 +85,13 @@ class DilatedDepthwise(nn.Conv2d):
         filtered_NddhwC = filtered_PChw.permute(0, 2, 3, 1).reshape(split_NddhwC.shape)
         joined_NhwC = filtered_NddhwC.permute(0, 3, 1, 4, 2, 5).reshape(padded_NhwC.shape)
         return joined_NhwC[:, :height, :width].contiguous().permute(0, 3, 1, 2)
+
+
+class ReLU6(nn.ReLU6):
+    """In place where nothing is to be learned: autograd would first copy what it clips."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.relu6(features, inplace=not torch.is_grad_enabled())
 
 
 class ConvBN(nn.Sequential):

@@ -46,11 +46,13 @@ class ZeroOrder(ClassWeighted):
         return (Need(target="soft", temperatures=(self.temperature, *weighing)),)
 
     def crop_values(self, logits_SChw: Tensor, teacher: Mapping[str, Tensor], cells: Cells) -> Tensor:
-        log_teacher_SChw = (teacher["soft"] / self.temperature).log_softmax(1)
-        teacher_SChw = log_teacher_SChw.exp()
+        scores_SChw = teacher["soft"] / self.temperature
         if self.form == "squared":
+            teacher_SChw = scores_SChw.softmax(1)
             values_Shw = ((logits_SChw / self.temperature).softmax(1) - teacher_SChw).square().sum(1)
         else:
+            log_teacher_SChw = scores_SChw.log_softmax(1)
+            teacher_SChw = log_teacher_SChw.exp()
             log_student_SChw = (logits_SChw / self.temperature).log_softmax(1)
             # F.kl_div would take the teacher's logarithms again, which is most of its time on a CPU.
             ratios_SChw = log_teacher_SChw.clamp_min(LOWEST) - log_student_SChw
