@@ -47,28 +47,29 @@ def pairs(ledger: Ledger, later: str, earlier: str) -> list[tuple[RunRecord, Run
 
 def of_classes(both: list[tuple[RunRecord, RunRecord]]) -> Iterator[Difference]:
     """IoU of each class."""
-    images = both[0][0].images
+    images, whole = both[0][0].images, _tallied(both).sum(2)
     for number, name in enumerate(images.classes):
         # A tally of a single class has its IoU for a mean.
-        scores = [[miou(_tallied(run)[:, :, number, None].sum(0)) for run in pair] for pair in both]
-        yield _difference(name, len(images.ids), scores)
+        yield _difference(name, len(images.ids), miou(whole[..., number, None]))
 
 
 def of_parts(both: list[tuple[RunRecord, RunRecord]], parts: int) -> Iterator[Difference]:
     """mIoU of each part."""
-    images = both[0][0].images
+    images, tallied = both[0][0].images, _tallied(both)
     sizes = [images.groups.count(group) for group in dict.fromkeys(images.groups)]
     for part in blocks_of(images.groups, math.ceil(max(sizes) / parts)):
-        scores = [[miou(_tallied(run)[part].sum(0)) for run in pair] for pair in both]
+        scores = miou(tallied[:, :, part].sum(2))
         yield _difference(f"{images.ids[part[0]]} to {images.ids[part[-1]]}", len(part), scores)
 
 
-def _tallied(run: RunRecord) -> Floats:
-    return tallies(run.images.counts())
+def _tallied(both: list[tuple[RunRecord, RunRecord]]) -> Floats:
+    """Seed, later or earlier, image, tally, class."""
+    return np.array([[tallies(run.images.counts()) for run in pair] for pair in both])
 
 
-def _difference(what: str, images: int, scores: list[list[Floats]]) -> Difference:
-    later, earlier = np.transpose(scores)
+def _difference(what: str, images: int, scores: Floats) -> Difference:
+    """Of scores (seed, later or earlier)."""
+    later, earlier = scores.T
     return Difference(what, images, float(earlier.mean()), float(later.mean()), paired_t(list(later - earlier)))
 
 
