@@ -94,6 +94,12 @@ def published() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def curves() -> ModuleType:
+    """``benchmarks/curves.py``: how the arms of a sweep learn."""
+    return _benchmark("curves")
+
+
+@pytest.fixture(scope="session")
 def where() -> ModuleType:
     """``benchmarks/where.py``: a gain by classes and by parts of role report."""
     return _benchmark("where")

@@ -106,6 +106,35 @@ def test_a_gain_by_classes_and_parts_is_that_of_the_records(where: ModuleType) -
     ]
 
 
+def test_curves_are_means_over_seeds_at_the_steps_that_all_of_them_have(curves: ModuleType, tmp_path: Path) -> None:
+    ledger, kept = Ledger(tmp_path), Ledger(RESULTS / "ledger" / "camvid-s-init")
+    of: dict[tuple[str, int], dict[str, float | None]] = {
+        ("zero", 0): {"2": 10.0, "4": 20.0, "6": 30.0},
+        ("zero", 1): {"2": 12.0, "4": 26.0},
+        ("alone", 0): {"2": 8.0, "4": None, "6": 16.0},
+        ("alone", 1): {},
+    }
+    for (arm, seed), curve in of.items():
+        record = kept.read(arm, seed)
+        assert record is not None
+        ledger.save(dataclasses.replace(record, curve=curve))
+    assert list(curves.markdown(curves.read_arms(ledger))) == [
+        "| step | alone (1) | zero (2) |",
+        "|---|---|---|",
+        "| 2 | 8.00 | 11.00 |",
+        "| 4 |  | 23.00 |",
+        "| 6 | 16.00 |  |",
+        "",
+        "```mermaid",
+        "xychart-beta",
+        '    x-axis ["2"]',
+        '    y-axis "mIoU on select"',
+        "    line [8.00]",
+        "    line [11.00]",
+        "```",
+    ]
+
+
 def test_a_table_without_an_end_is_left_alone(published: ModuleType) -> None:
     """Up to the next one's end stands text that is nobody's output."""
     fence = "```sh\nsegkd ablate --tables\n```\n\n<!-- prints -->\n"

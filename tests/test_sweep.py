@@ -258,6 +258,18 @@ def test_tasks_share_the_runs(undisturbed: Path, tmp_path: Path) -> None:
     assert records(left) == records(undisturbed / "out" / "ledger")
 
 
+def test_a_record_keeps_the_validations_on_the_way(place: Path, tmp_path: Path) -> None:
+    job = plan_sweep(load(place / "run.toml", ["train.validate_every=3"]), tmp_path).jobs[0]
+    record = perform(job)
+    lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    validated = {line["step"]: line["select"]["miou"] for line in lines if "select" in line}
+    assert list(validated) == [3, 6, 8]
+    assert record.select is not None
+    assert validated[8] == record.select["miou"]
+    assert {int(step): miou for step, miou in record.curve.items()} == validated
+    assert Ledger(job.ledger).read(job.arm, job.seed) == record
+
+
 def test_two_processes_do_not_work_on_one_run(place: Path, tmp_path: Path) -> None:
     job = plan_sweep(load(place / "run.toml"), tmp_path).jobs[0]
     job.folder.mkdir(parents=True)

@@ -12,7 +12,7 @@ import math
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,9 @@ class RunRecord:
     versions: dict[str, str]
     device: str
     threads: int
+    curve: dict[str, float | None] = field(default_factory=dict)
+    """mIoU in percent on role select by step, of the validations on the way; empty where there were none, and in
+    records of before it was kept."""
     format: str = FORMAT
     version: int = VERSION
 

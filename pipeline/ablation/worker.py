@@ -136,6 +136,7 @@ def _record(job: Job, *, damaged: int) -> RunRecord:
         versions=document["versions"],
         device=document["device"],
         threads=document["threads"],
+        curve={str(line["step"]): line["select"]["miou"] for line in folder.records() if "select" in line},
     )
 
 
