@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -61,13 +62,25 @@ def evaluate(
     from segkd.pipeline.device import find_device
     from segkd.pipeline.evaluation import evaluate as evaluation
     from segkd.pipeline.models.references import described_predictor
+    from segkd.pipeline.student.leaks import beginnings, look_for_label_leaks
     from segkd.pipeline.teacher.named import require_named_teacher
     from segkd.storage.reader import CacheReader
 
-    source = open_data(run.data if run is not None else evaluation.data_of_checkpoint(str(checkpoint)))
+    data = run.data if run is not None else evaluation.data_of_checkpoint(str(checkpoint))
+    source = open_data(data)
+    if run is not None and checkpoint is None:
+        asked = list(beginnings(run.student if subject == "student" else run.teacher))
+    else:
+        asked = [Path(str(checkpoint))]
+
+    def warn() -> None:
+        if data.compare_contents != "off":
+            look_for_label_leaks(asked, source, [Role(role)], progress())
+
     if run is not None and subject == "cache":
         cache = CacheReader(run.cache.path)
         require_named_teacher(cache.spec, run.teacher, cache.path)
+        warn()
         result = evaluation.evaluate_cache(cache, source, Role(role), progress=progress())
     else:
         where = find_device(device)
@@ -78,5 +91,6 @@ def evaluate(
         else:
             network = run.the_teacher() if subject == "teacher" else run.the_student()
             predictor = described_predictor(network, source.classes.names, device=where)
+        warn()
         result = evaluation.evaluate_network(predictor, source, Role(role), speed=speed, progress=progress())
     show(result.to_dict(), result.text(), as_json=as_json)

@@ -673,14 +673,54 @@ def test_select_and_report_that_share_images_are_refused_or_stamped(cached: Path
     )
 
 
+def test_images_that_are_learned_from_and_scored_are_refused_or_stamped(cached: Path, tmp_path: Path) -> None:
+    shutil.copytree(cached.parent, tmp_path / "copy")
+    run = tmp_path / "copy" / "tiny.toml"
+    run.write_text(run.read_text().replace(str(cached.parent), str(run.parent)))
+    images = run.parent / "images"
+    shutil.copy(images / "b/0.png", images / "d/1.png")
+    longer, labels_alone = "ablate.longer=2", "ablate.ladder=['alone', 'label-smoothing']"
+    assert message(ContaminationError, run, longer) == (
+        f"sample 'd/1' (report, {images / 'd/1.png'}) is the same image as sample 'b/0' (auxiliary, "
+        f"{images / 'b/0.png'}), pixel for pixel, so its score would be too good; take one of them out of its role; or "
+        'train all the same with data.compare_contents = "warn"'
+    )
+    for policy in ("warn", "off"):
+        settings = (f"data.compare_contents='{policy}'", longer)
+        told = plan_sweep(read(run, *settings), tmp_path / "out").stamps
+        assert told[0] == "1 of 4 images that are scored are learned from: scores are too good."
+        assert plan_sweep(read(run, *settings, labels_alone), tmp_path / "out").stamps == ()  # none draws it
+    own = 'ablate.arms.own={like=\'alone\', set=[\'data.compare_contents="warn"\', \'data.folders={train=["a", "b"], '
+    own += 'select=["c"], report=["d"]}\']}'
+    assert plan_sweep(read(run, labels_alone, own), tmp_path / "out").stamps == (
+        "Arm own: 1 of 4 images that are scored are learned from: scores are too good.",
+    )
+
+
+def test_an_arm_may_not_select_on_what_is_reported_either(cached: Path, tmp_path: Path) -> None:
+    own = 'ablate.arms.own={like=\'alone\', set=[\'data.folders={train=["a"], select=["e"], report=["d"]}\']}'
+    shutil.copytree(cached.parent, tmp_path / "copy")
+    run = tmp_path / "copy" / "tiny.toml"
+    run.write_text(run.read_text().replace(str(cached.parent), str(run.parent)))
+    for kind in ("images", "labels"):
+        shutil.copytree(run.parent / kind / "d", run.parent / kind / "e")
+    settings = ("ablate.ladder=['alone']", own)
+    assert message(ContaminationError, run, *settings).startswith(
+        "role select and role report share 2 images, the first 'e/0' and 'd/0': "
+    )
+    assert plan_sweep(read(run, *settings, "ablate.allow_shared_select=true"), tmp_path / "out").stamps == (
+        "Arm own: Role select and role report share 2 of 2 images: what was chosen was chosen on what is reported.",
+    )
+
+
 def test_a_teacher_that_has_learned_labels_of_auxiliary_images_is_refused(done: Path) -> None:
     checkpoint = done.parent / "student" / "last.safetensors"
     teacher = f"teacher.reference='{checkpoint}'"
     swapped = ["data.folders={train=['b'], auxiliary=['a'], select=['c'], report=['d']}"]
     assert message(ContaminationError, done, teacher, *swapped) == (
         f"{checkpoint} was trained on the labels of 2 auxiliary samples of these data, the first sample 'a/0' "
-        f"(auxiliary, {done.parent / 'images/a/0.png'}), as 'a/0': gains with this teacher prove nothing; "
-        "train one on the samples of role train alone"
+        f"(auxiliary, {done.parent / 'images/a/0.png'}), as 'a/0': what it scores there, and what a student of it "
+        "scores, proves nothing; take a network that has learned the labels of role train alone"
     )
     # Neither teacher nor student may begin with what it must not know.
     labels_alone = ["ablate.ladder=['alone']", *swapped]

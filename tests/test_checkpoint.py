@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import runpy
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from segkd.pipeline.data.sample import Classes
@@ -83,6 +85,26 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save(tmp_path / name, describe(), tensors)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_document_of_before_a_key_was_gained_is_read(tmp_path: Path) -> None:
+    """What it says of itself is checked as it was written."""
+    path = tmp_path / "last.safetensors"
+    checkpoint.save(path, describe(), small_tensors())
+    document = json.loads(safe_open(path, "pt").metadata()["segkd"])
+    del document["samples"]["labels_before"]
+    digest = hashlib.sha256(json.dumps(document | {"digest": ""}, sort_keys=True).encode())
+    for name, value in sorted(small_tensors().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    document["digest"] = digest.hexdigest()
+    held = {name: value.clone(memory_format=torch.contiguous_format) for name, value in small_tensors().items()}
+    safetensors.torch.save_file(held, path, {"segkd": json.dumps(document)})
+    assert checkpoint.load(path)[0].samples == describe().samples
+    document["step"] += 1
+    safetensors.torch.save_file(held, path, {"segkd": json.dumps(document)})
+    with pytest.raises(CheckpointError, match="damaged, its content does not match its SHA-256"):
+        checkpoint.load(path)
 
 
 def test_every_flipped_byte_of_the_content_is_found(tmp_path: Path) -> None:

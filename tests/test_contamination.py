@@ -1,4 +1,4 @@
-"""Images in two roles: refused, warned of, recorded; and labels that a teacher has learned and should not have."""
+"""Images in two roles: refused, warned of, recorded; and labels that a network has learned and should not have."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from segkd.cli.main import main
 from segkd.pipeline.config import RunConfig, load
 from segkd.pipeline.data import contents
 from segkd.pipeline.data.check import check
@@ -72,7 +75,8 @@ def test_honest_data_are_trained_on_and_recorded(alone: RunConfig, tmp_path: Pat
         assert seen.labels_of.pixels() == [known[name].digest for name in ("a/0", "a/1")]
         assert seen.contaminated == 0
     document = json.loads((tmp_path / "out/run.json").read_text())
-    assert document["samples"] == {"labels_of": 2, "images_of": 0, "selected_on": 2, "contaminated": 0}
+    counts = {"labels_of": 2, "labels_before": 0, "images_of": 0, "selected_on": 2, "contaminated": 0}
+    assert document["samples"] == counts
     assert document["configuration"]["data"]["compare_contents"] == "refuse"
 
 
@@ -206,8 +210,8 @@ def message(run: RunConfig, files: Files) -> str:
     assert run.teacher is not None
     return (
         f"{run.teacher.reference} was trained on the labels of 1 auxiliary, 1 report samples of these data, the first "
-        f"sample 'b/1' (auxiliary, {files['b/1']}), as 'a/0': gains with this teacher prove nothing; "
-        "train one on the samples of role train alone"
+        f"sample 'b/1' (auxiliary, {files['b/1']}), as 'a/0': what it scores there, and what a student of it scores, "
+        "proves nothing; take a network that has learned the labels of role train alone"
     )
 
 
@@ -235,6 +239,68 @@ def test_both_stages_warn_of_label_leaks(
     shutil.move(leaking.teacher.reference, tmp_path / "gone.safetensors")
     train(leaking, tmp_path / "again")
     assert caplog.messages == []
+
+
+def test_labels_that_were_learned_before_a_warm_start_are_followed(
+    leaking: RunConfig, files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Twice: by what the network began with, and by what that one began with."""
+    assert leaking.teacher is not None
+    first, clean = Path(leaking.teacher.reference), changed(leaking, train={"auxiliary": 0})
+    begun = changed(clean, student={"init": str(first)})
+    train(begun, tmp_path / "second", distill=False)
+    warned = f"{first} was trained on the labels of 1 report samples"  # Auxiliary ones are not drawn.
+    assert len([text for text in caplog.messages if text.startswith(warned)]) == 1
+    second = tmp_path / "second/last.safetensors"
+    train(changed(clean, student={"init": str(second)}), tmp_path / "third", distill=False)
+    source = open_data(leaking.data)
+    known = read_contents(source, source.samples)
+    for path in (second, tmp_path / "third/last.safetensors"):
+        samples = checkpoint.load(path)[0].samples
+        assert samples.labels_of.pixels() == [known[name].digest for name in ("a/0", "a/1")]
+        found = find_label_leaks(path, source, known)
+        assert [leak.sample.id for leak in found.leaks] == ["b/1", "d/0"]
+        assert found.describe(source) == message(leaking, files).replace(str(first), str(path))
+    assert checkpoint.load(second)[0].samples.labels_before.names() == ["a/0", "a/1"]
+    assert checkpoint.load(tmp_path / "third/last.safetensors")[0].samples.labels_before.count == 4
+    # A run that began with a checkpoint goes on as the same run.
+    train(begun, tmp_path / "second", distill=False, resume=True)
+
+
+def test_weights_alone_tell_of_no_labels(alone: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(alone, tmp_path / "out", distill=False)
+    caplog.clear()
+    weights = checkpoint.part(checkpoint.load(tmp_path / "out/last.safetensors")[1], checkpoint.MODEL)
+    safetensors.torch.save_file(weights, tmp_path / "weights.safetensors")
+    train(changed(alone, student={"init": str(tmp_path / "weights.safetensors")}), tmp_path / "next", distill=False)
+    assert checkpoint.load(tmp_path / "next/last.safetensors")[0].samples.labels_before.count == 0
+    assert not [text for text in caplog.messages if "labels" in text]
+
+
+def test_a_score_on_what_a_network_has_learned_is_warned_of(
+    leaking: RunConfig, run: Path, files: Files, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert leaking.teacher is not None
+    path = leaking.teacher.reference
+    expected = (
+        f"{path} was trained on the labels of 1 report samples of these data, the first sample 'd/0' (report, "
+        f"{files['d/0']}), as 'a/1': what it scores there, and what a student of it scores, proves nothing; take a "
+        "network that has learned the labels of role train alone"
+    )
+
+    def told(*words: str) -> list[str]:
+        caplog.clear()
+        result = CliRunner().invoke(main, ["evaluate", "-q", "-c", str(run), *words])
+        assert result.exit_code == 0, result.output
+        return caplog.messages
+
+    assert told(path) == [expected]
+    run.write_text(run.read_text().replace("stride = 4", ""))
+    assert expected in told("--teacher", "-s", f"teacher.reference='{path}'")
+    assert expected in told("--student", "-s", f"student.init='{path}'")
+    assert expected not in told(path, "--role", "select")
+    assert expected not in told(path, "--role", "train")
+    assert expected not in told(path, "-s", "data.compare_contents='off'")
 
 
 def test_an_honest_teacher_leaks_nothing(alone: RunConfig, tmp_path: Path) -> None:
@@ -297,4 +363,20 @@ def test_lists_that_do_not_unpack_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_a_network_that_has_seen_nothing_says_so() -> None:
-    assert Seen().to_dict() == {"labels_of": 0, "images_of": 0, "selected_on": 0, "contaminated": None}
+    counts = {"labels_of": 0, "labels_before": 0, "images_of": 0, "selected_on": 0}
+    assert Seen().to_dict() == {**counts, "contaminated": None}
+
+
+def test_a_union_has_each_image_once_by_its_pixels() -> None:
+    def listed(names: str, digests: str | None) -> SampleList:
+        samples = [Sample(id=name, role=Role.TRAIN, labelled=True) for name in names]
+        if digests is None:
+            return SampleList.of(samples, None)
+        contents = dict(zip(names, digests, strict=True))
+        return SampleList.of(samples, {name: Content(bytes([ord(of)] * 16), b"") for name, of in contents.items()})
+
+    both = SampleList.union([listed("ab", "xy"), listed("", None), listed("bca", "yzy")])
+    assert both == listed("abc", "xyz")
+    unknown = SampleList.union([listed("ab", "xy"), listed("bc", None)])
+    assert (unknown.names(), unknown.pixels()) == (["a", "b", "c"], None)
+    assert SampleList.union([]) == SampleList.of([], {}) == replace(SampleList(), digests="")

@@ -19,14 +19,13 @@ from segkd.pipeline.ablation.processes import run_jobs
 from segkd.pipeline.ablation.table import Results
 from segkd.pipeline.ablation.worker import Job
 from segkd.pipeline.config import RunConfig
-from segkd.pipeline.data.contamination import find_twins
+from segkd.pipeline.data.contamination import Twins, find_twins, require_apart
 from segkd.pipeline.data.readers import open_data
 from segkd.pipeline.data.sample import SCORED, DataSource, Role, with_role
 from segkd.pipeline.progress import SILENT, Progress
 from segkd.pipeline.settings import to_dict
-from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.checkpoint import write_atomically
-from segkd.pipeline.student.leaks import find_label_leaks, teacher_checkpoint
+from segkd.pipeline.student.leaks import beginnings, find_label_leaks
 from segkd.pipeline.student.live import open_live_teacher
 from segkd.pipeline.teacher.division import Share
 from segkd.pipeline.teacher.named import require_named_teacher
@@ -92,15 +91,15 @@ class Sweep:
 def plan_sweep(run: RunConfig, output: str | Path, *, measure: bool = True, progress: Progress = SILENT) -> Sweep:
     """The runs of a sweep. With ``measure``, what is settled once a sweep is settled if it is not yet.
 
-    Raises ConfigError for arms that the run file cannot make, ContaminationError where select and report share images,
-    RecordError for a record of another run, and what opening data and caches raises.
+    Raises ConfigError for arms that the run file cannot make, ContaminationError where roles share images that must
+    not, RecordError for a record of another run, and what opening data and caches raises.
     """
     output = Path(output)
     ledger = Ledger(run.ablate.ledger or output / "ledger")
     opened = _Opened(progress)
-    source, held = opened.data(run)
-    stamps = _check_roles(run, source, held)
-    stamps += _check_labels(resolve_arms(run, run.ablate.longer or None).values(), opened)
+    source, _ = opened.data(run)
+    stated = resolve_arms(run, run.ablate.longer or None).values()
+    stamps = (*_check_roles(run, stated, opened), *_check_labels(stated, opened))
     longer = _longer(run, ledger, measure)
     arms = {name: opened.marked(arm, run) for name, arm in resolve_arms(run, longer).items()}
     for arm in arms.values():
@@ -261,24 +260,53 @@ def _longer(run: RunConfig, ledger: Ledger, measure: bool) -> float | None:
     return None if settled is None else float(settled["longer"])
 
 
-def _check_roles(run: RunConfig, source: DataSource, held: Held) -> tuple[str, ...]:
-    """What tables must say of the roles. Raises DataError without samples to report, ContaminationError."""
-    report = with_role(source, Role.REPORT)
-    if not report:
+def _check_roles(run: RunConfig, arms: Iterable[Arm], opened: _Opened) -> Iterator[str]:
+    """What tables must say of the roles, of the run file's data and of arms' own.
+
+    Raises DataError without samples to report on, ContaminationError.
+    """
+    source, held = opened.data(run)
+    if not with_role(source, Role.REPORT):
         raise DataError("the data have no sample of role report, so there is nothing to compare arms on; give it some")
-    shared = find_twins(with_role(source, *SCORED), held.contents).shared
-    if not shared:
-        return ()
-    if not run.ablate.allow_shared_select:
+    of: dict[int, list[Arm]] = {}
+    for arm in arms:
+        of.setdefault(id(opened.data(arm.run)[0]), []).append(arm)
+    for alike in of.values():
+        first, drawn = alike[0], any(arm.run.train.auxiliary for arm in alike)
+        source, held = opened.data(first.run)
+        roles = (*SCORED, Role.TRAIN, *([Role.AUXILIARY] if drawn else []))
+        twins = find_twins(with_role(source, *roles), held.contents)
+        whose = "" if first.run.data == run.data else f"Arm {first.name}: "
+        for stamp in (_stamp_of_learned(twins, first.run, source), _stamp_of_shared(twins, run, source)):
+            if stamp is not None:
+                yield f"{whose}{stamp}"
+
+
+def _stamp_of_learned(twins: Twins, run: RunConfig, source: DataSource) -> str | None:
+    """What is learned from and scored on. Where it is not refused, runs themselves warn of it."""
+    found = twins.contaminated
+    if found and run.data.compare_contents == "refuse":
+        require_apart(twins, source, "refuse")
+    scored = len(with_role(source, *SCORED))
+    return f"{len(found)} of {scored} images that are scored are learned from: scores are too good." if found else None
+
+
+def _stamp_of_shared(twins: Twins, run: RunConfig, source: DataSource) -> str | None:
+    """What is selected on and reported on."""
+    shared = twins.shared
+    if shared and not run.ablate.allow_shared_select:
         first = shared[0]
         raise ContaminationError(
             f"role select and role report share {len(shared)} images, the first {first.other.id!r} and "
             f"{first.sample.id!r}: what is chosen on report is no result on report; remove them from one of the roles, "
             "or set ablate.allow_shared_select = true, and every table will say so"
         )
+    report = len(with_role(source, Role.REPORT))
     return (
-        f"Role select and role report share {len(shared)} of {len(report)} images: "
-        "what was chosen was chosen on what is reported.",
+        f"Role select and role report share {len(shared)} of {report} images: "
+        "what was chosen was chosen on what is reported."
+        if shared
+        else None
     )
 
 
@@ -291,11 +319,11 @@ def _check_labels(arms: Iterable[Arm], opened: _Opened) -> tuple[str, ...]:
     checked = set()
     for arm in arms:
         source, held = opened.data(arm.run)
-        teacher = teacher_checkpoint(arm.run) if arm.distills else None
-        if arm.distills and teacher is None:
+        teacher = list(beginnings(arm.run.teacher if arm.distills else None))
+        if arm.distills and not teacher:
             named = "that wrote the cache" if arm.run.teacher is None else arm.run.teacher.reference
             unknown[f"the teacher {named} is no checkpoint that is here"] = None
-        for path in filter(None, (teacher, *_beginnings(arm.run))):
+        for path in (*teacher, *beginnings(arm.run.the_student())):
             if (path, id(source)) in checked:
                 continue
             checked.add((path, id(source)))
@@ -307,11 +335,3 @@ def _check_labels(arms: Iterable[Arm], opened: _Opened) -> tuple[str, ...]:
             if leaks:
                 raise ContaminationError(leaks.describe(source))
     return tuple(f"Which labels were learned before is not known: {why}." for why in unknown)
-
-
-def _beginnings(run: RunConfig) -> Iterator[Path]:
-    """The checkpoints that the student begins with."""
-    student = run.the_student()
-    for path in map(Path, filter(None, (student.reference, student.init))):
-        if path.suffix == checkpoint.SUFFIX and path.is_file():
-            yield path

@@ -16,7 +16,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from segkd.pipeline.data.sample import Classes
@@ -74,9 +74,9 @@ def save(path: str | Path, description: Description, tensors: Mapping[str, Tenso
     """Writes a checkpoint; at no time does a half-written file stand at ``path``. Raises CheckpointError."""
     # safetensors refuses tensors that share memory, as tied weights do.
     held = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    sealed = replace(description, digest=_digest(description, held))
+    sealed = replace(description, digest=_digest(to_dict(description), held))
     # Not save_file, which does not notice a full disk.
-    write_atomically(Path(path), safetensors.torch.save(held, {METADATA_KEY: _to_json(sealed)}))
+    write_atomically(Path(path), safetensors.torch.save(held, {METADATA_KEY: _to_json(to_dict(sealed))}))
 
 
 def load(path: str | Path) -> tuple[Description, dict[str, Tensor]]:
@@ -94,10 +94,23 @@ def load(path: str | Path) -> tuple[Description, dict[str, Tensor]]:
         raise CheckpointError(
             f"{path}: not a safetensors file, or a damaged one ({error}); take another copy"
         ) from None
-    description = _parse(path, header.get("__metadata__", {}).get(METADATA_KEY))
-    if description.digest != _digest(description, tensors):
+    text = header.get("__metadata__", {}).get(METADATA_KEY)
+    description = _parse(path, text)
+    # Of the document as it was written: this segkd may know keys that were not there then.
+    if description.digest != _digest(json.loads(text), tensors):
         raise CheckpointError(f"{path}: damaged, its content does not match its SHA-256; take another copy")
     return description, tensors
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is there and says that it is a checkpoint, and not weights alone."""
+    if path.suffix != SUFFIX or not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -163,8 +176,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         ) from error
 
 
-def _digest(description: Description, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(_to_json(replace(description, digest="")).encode())
+def _digest(document: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(_to_json(document | {"digest": ""}).encode())
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -172,8 +185,8 @@ def _digest(description: Description, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _to_json(description: Description) -> str:
-    return json.dumps(to_dict(description), sort_keys=True)
+def _to_json(document: dict[str, Any]) -> str:
+    return json.dumps(document, sort_keys=True)
 
 
 def _parse(path: str | Path, text: str | None) -> Description:

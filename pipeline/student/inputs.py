@@ -25,7 +25,7 @@ from segkd.pipeline.progress import SILENT, Progress
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.knowledge.base import ClassWeighted, Knowledge
 from segkd.pipeline.student.knowledge.config import KnowledgeConfig
-from segkd.pipeline.student.leaks import warn_of_label_leaks
+from segkd.pipeline.student.leaks import beginnings, labels_before, warn_of_label_leaks
 from segkd.pipeline.student.live import open_live_teacher
 from segkd.pipeline.student.losses import Objective
 from segkd.pipeline.student.seen import SampleList, Seen
@@ -96,7 +96,7 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool, progre
     _warn_of_padding(run, source)
     kept = KeptSource(source, train.kept_bytes)
     stream = TrainStream(kept, teacher, objective.targets, config, run.augment, student.preprocessing)
-    seen = _compare(run, source, stream.samples, select, progress)
+    seen = _compare(run, source, stream.samples, select, student, distill, progress)
     return Inputs(
         source=source,
         fingerprints=fingerprints,
@@ -158,7 +158,13 @@ def _decoded(cache: CacheReader, targets: Sequence[str], sources: Sources) -> di
 
 
 def _compare(
-    run: RunConfig, source: DataSource, learned: Sequence[Sample], select: Sequence[Sample], progress: Progress
+    run: RunConfig,
+    source: DataSource,
+    learned: Sequence[Sample],
+    select: Sequence[Sample],
+    student: NetworkConfig,
+    distill: bool,
+    progress: Progress,
 ) -> Seen:
     """Holds what the run learns from against what it is scored on. Raises ContaminationError."""
     policy = run.data.compare_contents
@@ -169,10 +175,11 @@ def _compare(
         twins = find_twins(samples, contents)
         require_apart(twins, source, policy)
         contaminated = len(twins.contaminated)
-        warn_of_label_leaks(run, source, contents)
+        warn_of_label_leaks((*beginnings(run.teacher if distill else None), *beginnings(student)), source, contents)
     labelled, auxiliary = ([sample for sample in learned if sample.role is role] for role in LEARNED)
     return Seen(
         labels_of=SampleList.of(labelled, contents),
+        labels_before=labels_before(student),
         images_of=SampleList.of(auxiliary, contents),
         selected_on=SampleList.of(select, contents),
         contaminated=contaminated,

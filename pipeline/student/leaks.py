@@ -1,24 +1,26 @@
-"""Label leaks: labels that a teacher has learned of images whose labels nobody was to know."""
+"""Label leaks: labels that a network has learned of images whose labels nobody was to know."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from segkd.pipeline.config import RunConfig
 from segkd.pipeline.data.contamination import describe_sample
-from segkd.pipeline.data.contents import Content
-from segkd.pipeline.data.sample import DataSource, Role, Sample
+from segkd.pipeline.data.contents import Content, read_contents
+from segkd.pipeline.data.sample import DataSource, Role, Sample, with_role
+from segkd.pipeline.models.network import NetworkConfig
+from segkd.pipeline.progress import SILENT, Progress
 from segkd.pipeline.student import checkpoint
+from segkd.pipeline.student.seen import SampleList
 from segkd.storage.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 HIDDEN = (Role.AUXILIARY, Role.SELECT, Role.REPORT)
-"""Roles whose labels no teacher of an experiment may have learned from."""
+"""Roles whose labels no network of an experiment may have learned from."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class LabelLeaks:
         first, roles = self.leaks[0], ", ".join(f"{count:,} {role}" for role, count in counts.items())
         return (
             f"{self.checkpoint} was trained on the labels of {roles} samples of these data, the first "
-            f"{describe_sample(first.sample, source)}, as {first.seen_as!r}: gains with this teacher prove nothing; "
-            "train one on the samples of role train alone"
+            f"{describe_sample(first.sample, source)}, as {first.seen_as!r}: what it scores there, and what a student "
+            "of it scores, proves nothing; take a network that has learned the labels of role train alone"
         )
 
 
@@ -55,10 +57,11 @@ def find_label_leaks(path: str | Path, source: DataSource, contents: Mapping[str
     """The samples of role auxiliary, select or report whose labels the checkpoint's network has learned from.
 
     Images are recognised by their pixels, whatever their ids, among those of ``contents``, which
-    :func:`segkd.pipeline.data.contents.read_contents` gives. What the network was distilled from or began with is not
-    followed. Raises CheckpointError for a checkpoint that cannot be read, or that keeps no digests.
+    :func:`segkd.pipeline.data.contents.read_contents` gives. Checkpoints that the network began with count, what it was
+    distilled from does not. Raises CheckpointError for a checkpoint that cannot be read, or that keeps no digests.
     """
-    held = checkpoint.load(path)[0].samples.labels_of
+    samples = checkpoint.load(path)[0].samples
+    held = SampleList.union((samples.labels_of, samples.labels_before))
     digests = held.pixels()
     if digests is None:
         raise CheckpointError(
@@ -73,21 +76,37 @@ def find_label_leaks(path: str | Path, source: DataSource, contents: Mapping[str
     )
 
 
-def teacher_checkpoint(run: RunConfig) -> Path | None:
-    """The run's teacher, where it is a checkpoint that is here."""
-    path = None if run.teacher is None else Path(run.teacher.reference)
-    return path if path is not None and path.suffix == checkpoint.SUFFIX and path.is_file() else None
+def beginnings(network: NetworkConfig | None) -> Iterator[Path]:
+    """The checkpoints that a network is or begins with, as far as they are here; files of weights alone are none."""
+    if network is not None:
+        for path in map(Path, filter(None, (network.reference, network.init))):
+            if checkpoint.is_checkpoint(path):
+                yield path
 
 
-def warn_of_label_leaks(run: RunConfig, source: DataSource, contents: Mapping[str, Content]) -> None:
-    """Says what the run's teacher, where it is a checkpoint that is here, has learned that it should not have."""
-    path = teacher_checkpoint(run)
-    if path is None:
-        return
-    try:
-        leaks = find_label_leaks(path, source, contents)
-    except CheckpointError as error:
-        logger.warning("%s", error)
-        return
-    if leaks:
-        logger.warning("%s", leaks.describe(source))
+def labels_before(network: NetworkConfig) -> SampleList:
+    """The samples whose labels have been learned by the checkpoints that a network begins with."""
+    before = [checkpoint.load(path)[0].samples for path in beginnings(network)]
+    return SampleList.union(part for samples in before for part in (samples.labels_of, samples.labels_before))
+
+
+def look_for_label_leaks(
+    paths: Iterable[Path], source: DataSource, roles: Iterable[Role], progress: Progress = SILENT
+) -> None:
+    """Reads what the images of these roles show, where that tells anything, and warns of what was learned of them."""
+    known = list(paths)
+    samples = with_role(source, *(role for role in roles if role in HIDDEN))
+    if known and samples:
+        warn_of_label_leaks(known, source, read_contents(source, samples, progress=progress))
+
+
+def warn_of_label_leaks(paths: Iterable[Path], source: DataSource, contents: Mapping[str, Content]) -> None:
+    """Says what the networks of these checkpoints have learned that they should not have."""
+    for path in dict.fromkeys(paths):
+        try:
+            leaks = find_label_leaks(path, source, contents)
+        except CheckpointError as error:
+            logger.warning("%s", error)
+            continue
+        if leaks:
+            logger.warning("%s", leaks.describe(source))

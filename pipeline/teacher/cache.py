@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 from segkd.pipeline.config import RunConfig
-from segkd.pipeline.data.contents import read_contents
-from segkd.pipeline.data.sample import DataSource, Role, with_role
+from segkd.pipeline.data.sample import Role
 from segkd.pipeline.progress import SILENT, Progress, Task
-from segkd.pipeline.student.leaks import HIDDEN, teacher_checkpoint, warn_of_label_leaks
+from segkd.pipeline.student.leaks import HIDDEN, beginnings, look_for_label_leaks
 from segkd.pipeline.teacher.budget import resolve_budget
 from segkd.pipeline.teacher.division import Share
 from segkd.pipeline.teacher.increments import find_work
@@ -132,8 +131,8 @@ def teacher_cache(
         work = find_work(opened, close=close, progress=progress)
         if work is None:
             return replace(summarise(opened.config.path, written=0), seconds=time.monotonic() - began)
-        if share is None or share.number == 0:
-            _warn_of_label_leaks(run, opened.data, progress)
+        if (share is None or share.number == 0) and run.data.compare_contents != "off":
+            look_for_label_leaks(beginnings(run.teacher), opened.data, HIDDEN, progress)
         writer = work.writer(opened)
         stack.enter_context(at_work(writer.root, alone=False))
         pending = writer.pending()
@@ -161,13 +160,6 @@ def teacher_cache(
         task=None if share is None else str(share),
         pending_units=len(work.plan.units) - len(writer.generation.committed()),
     )
-
-
-def _warn_of_label_leaks(run: RunConfig, data: DataSource, progress: Progress) -> None:
-    """Of a teacher that is a checkpoint; other teachers do not say what they have learned from."""
-    if run.data.compare_contents != "off" and teacher_checkpoint(run) is not None:
-        contents = read_contents(data, with_role(data, *HIDDEN), progress=progress)
-        warn_of_label_leaks(run, data, contents)
 
 
 def summarise(
