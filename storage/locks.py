@@ -20,15 +20,17 @@ _NOT_SUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, alone: bool) -> Iterator[None]:
+def locked(folder: Path, *, alone: bool, wait: bool = False) -> Iterator[None]:
     """Holds an advisory lock on a folder, ``alone`` or together with others.
 
-    Raises BlockingIOError where it is held otherwise. A file system that knows no such locks goes without.
+    Where it is held otherwise, waits for it or raises BlockingIOError. A file system that knows no such locks goes
+    without.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+            fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError as error:

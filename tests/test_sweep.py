@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from segkd.cli.main import main
+from segkd.pipeline.ablation.arms import resolve_arms
 from segkd.pipeline.ablation.gains import gains, rows
 from segkd.pipeline.ablation.ledger import Images, Ledger, RunRecord
 from segkd.pipeline.ablation.recorded import recorded
@@ -258,6 +260,17 @@ def test_tasks_share_the_runs(undisturbed: Path, tmp_path: Path) -> None:
     assert records(left) == records(undisturbed / "out" / "ledger")
 
 
+def test_tasks_that_end_together_leave_whole_tables_of_all(undisturbed: Path, tmp_path: Path) -> None:
+    """None is refused its turn, and no table of fewer runs is written last."""
+    shutil.copytree(undisturbed / "out" / "ledger", tmp_path / "out" / "ledger")
+    sweep = plan_sweep(load(undisturbed / "run.toml"), tmp_path / "out")
+    with ThreadPoolExecutor(4) as tasks:
+        for results in tasks.map(lambda _: ablate(sweep), range(80)):
+            assert results.missing == ()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ledger", "results.json", "table.md"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["missing"] == []
+
+
 def test_a_record_keeps_the_validations_on_the_way(place: Path, tmp_path: Path) -> None:
     job = plan_sweep(load(place / "run.toml", ["train.validate_every=3"]), tmp_path).jobs[0]
     record = perform(job)
@@ -397,6 +410,31 @@ def test_only_common_seeds_are_paired_and_one_seed_decides_nothing(undisturbed: 
     assert (gain.seeds, gain.differences, gain.over_seeds) == ((0,), (3.0,), None)
     assert gain.seeds_verdict == "undecided"
     assert "| 1 | +3.00 | n/a | undecided |" in results.markdown()
+
+
+def test_what_arms_differ_in_is_told_in_full(undisturbed: Path) -> None:
+    """Auxiliary images are perturbed otherwise than labelled ones, and a length that was set is no measured time."""
+    ladder = ("alone", "alone-longer", "zero", "auxiliary-zero", "auxiliary-zero-first")
+    scores = {arm: [40.0] for arm in ladder}
+
+    def told(**augment: float) -> dict[str, str]:
+        run = load(undisturbed / "run.toml", [f"augment.{name}={value}" for name, value in augment.items()])
+        arms = resolve_arms(replace(run, ablate=replace(run.ablate, ladder=ladder)), 2.5)
+        found = made_up(undisturbed, scores, ladder=ladder, longer=2.5)
+        records = {record.arm: {0: record} for record in found.records}
+        stated = {gain.what: f"{gain.later} − {gain.earlier}" for gain in gains(arms, records, found.config)}
+        measured = gains(arms, records, replace(found.config, longer=0.0))
+        return stated | {gain.what: f"{gain.later} − {gain.earlier}" for gain in measured}
+
+    both = told()
+    assert both["2.5 times the steps"] == both["the time of distillation, spent on training"] == "alone-longer − alone"
+    against = "auxiliary-zero-first − alone-longer"
+    assert both["distillation as a whole, against 2.5 times the steps"] == against
+    assert both["distillation as a whole, at its own cost in time"] == against
+    images = "auxiliary images in place of labelled ones"
+    assert both[f"{images} (photometric strength 1 in place of 0.5)"] == "auxiliary-zero − zero"
+    assert images in told(photometric=1.0)
+    assert f"{images} (CutMix 0.5)" in told(photometric=1.0, cutmix=0.5)
 
 
 def test_where_records_were_made_is_told(undisturbed: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from segkd.pipeline.ablation.arms import Arm, views
+from segkd.pipeline.ablation.arms import AUXILIARY, Arm, views
 from segkd.pipeline.ablation.config import AblateConfig
 from segkd.pipeline.ablation.ledger import RunRecord
 from segkd.pipeline.ablation.statistics import Floats, Interval, Mean, Verdict, bootstrap, mean_of, paired_t, tallies
@@ -32,7 +32,7 @@ PAIRS: tuple[tuple[str, str, str], ...] = (
     ("auxiliary-zero-first", "alone", "distillation as a whole"),
     ("auxiliary-zero-first", "alone-longer", "distillation as a whole, at its own cost in time"),
 )
-"""Later arm, earlier arm, what they differ in."""
+"""Later arm, earlier arm, what they differ in; see :func:`_in_full`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,8 @@ def gains(arms: Mapping[str, Arm], records: Records, config: AblateConfig) -> li
         for arm in arms.values()
         if arm.like is not None and frozenset((arm.name, arm.like)) not in compared
     ]
-    pairs = [pair for pair in (*PAIRS, *own, *of_views) if pair[0] in arms and pair[1] in arms]
+    built_in = ((*pair[:2], _in_full(pair, arms, config)) for pair in PAIRS if pair[0] in arms and pair[1] in arms)
+    pairs = [pair for pair in (*built_in, *own, *of_views) if pair[0] in arms and pair[1] in arms]
     # Once a record, not once a pair: a data set of many classes has large matrices.
     tallied = {
         arm: {seed: tallies(record.images.counts()) for seed, record in records.get(arm, {}).items()}
@@ -115,6 +116,25 @@ def gains(arms: Mapping[str, Arm], records: Records, config: AblateConfig) -> li
     }
     found = (_gain(pair, arms, records, tallied, config) for pair in pairs)
     return [gain for gain in found if gain is not None]
+
+
+def _in_full(pair: tuple[str, str, str], arms: Mapping[str, Arm], config: AblateConfig) -> str:
+    """What two built-in arms differ in, with what the run file has auxiliary images differ in besides, and with a
+    length of training that no time was measured for.
+    """
+    later, earlier, what = pair
+    if config.longer and "alone-longer" in (later, earlier):
+        against = f"{config.longer:g} times the steps"
+        return against if later == "alone-longer" else f"distillation as a whole, against {against}"
+    if earlier not in ("zero", "zero-first") or later not in AUXILIARY:
+        return what
+    auxiliary, labelled = arms[later].run.augment, arms[earlier].run.augment
+    beside = []
+    if auxiliary.auxiliary_photometric != labelled.photometric:
+        beside.append(f"photometric strength {auxiliary.auxiliary_photometric:g} in place of {labelled.photometric:g}")
+    if auxiliary.cutmix:
+        beside.append(f"CutMix {auxiliary.cutmix:g}")
+    return f"{what} ({', '.join(beside)})" if beside else what
 
 
 def _row(arm: Arm, records: Records, upper: str) -> Row:

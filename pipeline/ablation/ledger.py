@@ -10,6 +10,7 @@ import base64
 import json
 import math
 import os
+import uuid
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -169,7 +170,8 @@ class Ledger:
     def settle(self, plan: dict[str, Any]) -> dict[str, Any]:
         """Settles it, unless another task was first: then what that one has settled. It is never changed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        written = self.folder / f".plan.{os.getpid()}.json"
+        # Tasks on several machines may have one number.
+        written = self.folder / f".plan.{uuid.uuid4().hex}.json"
         write_atomically(written, (json.dumps(plan, indent=1) + "\n").encode())
         try:
             os.link(written, self.plan)

@@ -31,6 +31,7 @@ from segkd.pipeline.teacher.division import Share
 from segkd.pipeline.teacher.named import require_named_teacher
 from segkd.storage.differences import difference, differing
 from segkd.storage.errors import CheckpointError, ConfigError, ContaminationError, DataError
+from segkd.storage.locks import locked
 from segkd.storage.reader import CacheReader
 from segkd.storage.spec import CacheSpec
 
@@ -153,19 +154,21 @@ def ablate(sweep: Sweep, *, processes: int = 1, share: Share | None = None, prog
 
 
 def _compare(sweep: Sweep, failures: Mapping[Job, str]) -> Results:
-    """Writes the tables of all that is done, by whatever task."""
-    now = replace(sweep, records=_records(sweep.jobs, sweep.groups))
-    results = Results(
-        rows=tuple(rows(now.arms, now.records, now.run.ablate)),
-        gains=tuple(gains(now.arms, now.records, now.run.ablate)),
-        records=tuple(record for of_arm in now.records.values() for record in of_arm.values()),
-        config=now.run.ablate,
-        stamps=now.stamps,
-        failures={str(job): why for job, why in failures.items()},
-        missing=tuple(str(job) for job in now.jobs if now.state(job) != "done"),
-    )
-    write_atomically(sweep.output / "results.json", (json.dumps(results.to_dict(), indent=1) + "\n").encode())
-    write_atomically(sweep.output / "table.md", (results.markdown() + "\n").encode())
+    """Writes the tables of all that is done, by whatever task; of tasks that end together, one after the other."""
+    sweep.output.mkdir(parents=True, exist_ok=True)
+    with locked(sweep.output, alone=True, wait=True):
+        now = replace(sweep, records=_records(sweep.jobs, sweep.groups))
+        results = Results(
+            rows=tuple(rows(now.arms, now.records, now.run.ablate)),
+            gains=tuple(gains(now.arms, now.records, now.run.ablate)),
+            records=tuple(record for of_arm in now.records.values() for record in of_arm.values()),
+            config=now.run.ablate,
+            stamps=now.stamps,
+            failures={str(job): why for job, why in failures.items()},
+            missing=tuple(str(job) for job in now.jobs if now.state(job) != "done"),
+        )
+        write_atomically(sweep.output / "results.json", (json.dumps(results.to_dict(), indent=1) + "\n").encode())
+        write_atomically(sweep.output / "table.md", (results.markdown() + "\n").encode())
     return results
 
 
