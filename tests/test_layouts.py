@@ -96,7 +96,7 @@ def context(root: Path) -> None:
     image(root, *(f"JPEGImages/2008_00000{number}.jpg" for number in range(3)))
     for split, stem in (("train", "2008_000000"), ("val", "2008_000001")):
         lines(root / f"ImageSets/SegmentationContext/{split}.txt", stem)
-        labels(root, f"SegmentationClassContext/{stem}.png", 0, 1, 59, 255)
+        labels(root, f"SegmentationClassContext/{stem}.png", 0, 1, 59, 2)
 
 
 def context_mat(root: Path) -> None:
@@ -260,13 +260,37 @@ def test_voc_with_sbd(tmp_path: Path, line: str) -> None:
     for stem in ("2007_000032", "2008_000002"):
         labels(tmp_path, f"SegmentationClassAug/{stem}.png", 5, 6)
     lists = tmp_path / "ImageSets/Segmentation"
-    assert roles(open_data(reader("voc2012", tmp_path))) == {"2007_000032": "train", "2007_000033": "report"}
     lines(lists / "trainaug.txt", *(line.format(stem, stem) for stem in ("2007_000032", "2008_000002")))
     source = open_data(reader("voc2012", tmp_path))
     assert roles(source) == {"2007_000032": "train", "2008_000002": "train", "2007_000033": "report"}
     # The official map of an image that both annotate.
     assert row(source, "2007_000032") == [0, 1, 20, 255]
     assert row(source, "2008_000002") == [5, 6, 6, 6]
+
+
+_SBD = ("SegmentationClassAug", "ImageSets/Segmentation/trainaug.txt")
+
+
+@pytest.mark.parametrize(("there", "gone"), [_SBD, _SBD[::-1]])
+def test_voc_with_one_half_of_sbd(tmp_path: Path, there: str, gone: str) -> None:
+    """1,464 images are not taken for 10,582 in silence, because the list has another name say."""
+    voc(tmp_path)
+    labels(tmp_path, "SegmentationClassAug/2008_000002.png", 5, 6)
+    lines(tmp_path / "ImageSets/Segmentation/trainaug.txt", "2008_000002")
+    (tmp_path / gone).rename(tmp_path / "elsewhere")
+    refused(
+        reader("voc2012", tmp_path),
+        f"{tmp_path}: {there} is there and {gone} is not, so it is unknown whether SBD's 10,582 images or the official "
+        f"1,464 are to be trained on; add {gone}, remove {there}, or name a list in data.lists",
+    )
+
+
+def test_voc_with_a_list_of_ones_own(tmp_path: Path) -> None:
+    voc(tmp_path)
+    labels(tmp_path, "SegmentationClassAug/2008_000002.png", 5, 6)
+    lines(tmp_path / "train_aug.txt", "2008_000002")
+    source = open_data(reader("voc2012", tmp_path, lists={"train": str(tmp_path / "train_aug.txt")}))
+    assert roles(source) == {"2008_000002": "train"}
 
 
 def test_official_lists_of_images_that_are_not_there(tmp_path: Path) -> None:
@@ -298,11 +322,23 @@ def test_context_png(tmp_path: Path) -> None:
     context(tmp_path)
     source = open_data(reader("pascal_context", tmp_path))
     assert roles(source) == {"2008_000000": "train", "2008_000001": "report"}
-    assert row(source, "2008_000000") == [255, 0, 58, 255]
+    assert row(source, "2008_000000") == [255, 0, 58, 1]
     source = open_data(reader("pascal_context", tmp_path, background=True))
     assert (source.classes.names[:2], len(source.classes)) == (("background", "aeroplane"), 60)
     assert source.classes.palette[:2] == ((120, 120, 120), (180, 120, 120))
-    assert row(source, "2008_000000") == [0, 1, 59, 255]
+    assert row(source, "2008_000000") == [0, 1, 59, 2]
+
+
+def test_context_maps_that_were_reduced_already(tmp_path: Path) -> None:
+    context(tmp_path)
+    labels(tmp_path, "SegmentationClassContext/2008_000000.png", 0, 58, 255)
+    file = tmp_path / "SegmentationClassContext/2008_000000.png"
+    refused(
+        reader("pascal_context", tmp_path),
+        f"{file}: row 0, column 2: value 255 means nothing in Pascal Context (PNG), expected 0-59; see that these are "
+        'its official label maps, or add `255 = "CLASS"` (or "ignore") to [data.label_values]',
+        read="2008_000000",
+    )
 
 
 def test_context_mat_counts_from_one(tmp_path: Path) -> None:

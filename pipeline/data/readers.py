@@ -195,6 +195,8 @@ def _official(config: DataConfig, files: Files, layout: Layout, complaints: list
             f"{config.root}: no image has a role by the official split of {layout.title} ({files.roles_told}); "
             "give roles by data.lists or data.folders"
         )
+    if files.roles_doubted:
+        complaints.append(Complaint("error", f"{config.root}: {files.roles_doubted}"))
     absent = sorted(files.roles.keys() - files.images.keys())
     if absent:
         complaints.append(

@@ -32,6 +32,8 @@ class Files:
     """What samples are for unless the run file says otherwise. Those of role train are the training part."""
     roles_told: str = ""
     """The same in words."""
+    roles_doubted: str = ""
+    """Why these may not be the roles that are meant, and what to do; empty where nothing speaks against them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Pascal Context: VOC 2010's images with the 59 customary classes of its 459 labels.
 
 Two editions. PNG label maps hold 0 for everything else and 1 to 59 for the classes in alphabetical order, as the tools
-that make them do. The original MATLAB files hold the numbers of the 459 labels, which begin with 1.
+that make them do; maps that someone has brought to 0 to 58 have 255 for ignore, which those have not. The original
+MATLAB files hold the numbers of the 459 labels, which begin with 1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from segkd.pipeline.data.layouts.layout import (
     roles_of_list,
 )
 from segkd.pipeline.data.names import Naming, by_stem, names_under
-from segkd.pipeline.data.sample import IGNORE, Role
+from segkd.pipeline.data.sample import Role
 
 _LABELS = {
     name: int(number)
@@ -69,7 +70,7 @@ _PNG = Layout(
     find=_find_png,
     # Customary are the first of ADE20K's colours, the very first one being the background's.
     classes=dict(zip(_LABELS, ADE_COLOURS[1:], strict=False)),
-    meaning={0: IGNORED, **dict(enumerate(_LABELS, start=1)), IGNORE: IGNORED},
+    meaning={0: IGNORED, **dict(enumerate(_LABELS, start=1))},
     background=(0,),
     background_colour=ADE_COLOURS[0],
 )

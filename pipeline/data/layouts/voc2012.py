@@ -21,6 +21,12 @@ from segkd.pipeline.data.layouts.layout import (
 from segkd.pipeline.data.sample import IGNORE, Role
 
 _LISTS = "ImageSets/Segmentation"
+_SBD_LIST = f"{_LISTS}/trainaug.txt"
+_SBD = ("SegmentationClassAug", _SBD_LIST)
+_HALF_OF_SBD = (
+    "{0} is there and {1} is not, so it is unknown whether SBD's 10,582 images or the official 1,464 are to be trained "
+    "on; add {1}, remove {0}, or name a list in data.lists"
+)
 _NAMES = between_commas(
     "background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,"
     "pottedplant,sheep,sofa,train,tvmonitor"
@@ -31,8 +37,8 @@ def _find(root: Path) -> Files:
     added = labels_in(root, "SegmentationClassAug")
     # The official map wins: SBD's edition of the same image has no border, and other outlines.
     labels = added | labels_in(root, "SegmentationClass")
-    lists = [f"{_LISTS}/trainaug.txt"] if added else []
-    train, train_told = roles_of_list(root, Role.TRAIN, *lists, f"{_LISTS}/train.txt")
+    listed = (root / _SBD_LIST).is_file()
+    train, train_told = roles_of_list(root, Role.TRAIN, _SBD_LIST if added and listed else f"{_LISTS}/train.txt")
     report, report_told = roles_of_list(root, Role.REPORT, f"{_LISTS}/val.txt")
     return Files(
         images=images_in(root, "JPEGImages"),
@@ -40,6 +46,7 @@ def _find(root: Path) -> Files:
         labels_place=str(root / "SegmentationClass") + (" and SegmentationClassAug" if added else ""),
         roles=train | report,
         roles_told=f"{train_told}, {report_told}",
+        roles_doubted="" if bool(added) == listed else _HALF_OF_SBD.format(*(_SBD if added else reversed(_SBD))),
     )
 
 
