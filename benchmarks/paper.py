@@ -110,10 +110,11 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"assumed": vars(arguments), "sizes": [dataclasses.asdict(size) for size in sizes]}))
         return
-    print(f"assumed: {arguments.bytes_per_cell:g} bytes a cell, {arguments.teraflops:g} TFLOP/s delivered")
-    for field in dataclasses.fields(Size):
-        values = (getattr(size, field.name) for size in sizes)
-        print(f"{field.name:<24}" + "".join(f"{_shown(value):>18}" for value in values))
+    heading, *rows = dataclasses.fields(Size)
+    print(f"| | {' | '.join(getattr(size, heading.name) for size in sizes)} |\n|{'---|' * (1 + len(sizes))}")
+    for row in rows:
+        print(f"| {row.name.replace('_', ' ')} | {' | '.join(_shown(getattr(size, row.name)) for size in sizes)} |")
+    print(f"\nAssumed: {arguments.bytes_per_cell:g} bytes a cell, {arguments.teraflops:g} TFLOP/s delivered.")
 
 
 def _shown(value: object) -> str:

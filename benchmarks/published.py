@@ -1,4 +1,4 @@
-"""The tables of docs/results that come out of committed records: which command prints each, and what it prints now.
+"""The tables of pages that come out of what is committed: which command prints each, and what it prints now.
 
     python benchmarks/published.py            # writes them into the pages anew
     python benchmarks/published.py --check    # names what differs, with exit status 1
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from segkd.cli.main import main as segkd
 
-PAGES = Path("docs/results")
+PAGES = "docs/results/*.md", "configs/paper/README.md"
 BLOCK = re.compile(
     r"(?P<head>```sh\n(?P<command>(?:segkd|python benchmarks/)[^`]*)```\n\n<!-- prints -->\n)"
     r"(?:(?!<!-- prints -->).)*?(?P<end><!-- end -->)",
@@ -64,9 +64,9 @@ def renewed(page: str) -> str:
     return BLOCK.sub(lambda block: f"{block['head']}\n{printed(block['command']).strip()}\n\n{block['end']}", page)
 
 
-def pages(folder: Path = PAGES) -> Iterator[tuple[Path, str]]:
+def pages() -> Iterator[tuple[Path, str]]:
     """Those that have blocks, with what they hold."""
-    for path in sorted(folder.glob("*.md")):
+    for path in sorted(path for pattern in PAGES for path in Path().glob(pattern)):
         page = path.read_text(encoding="utf-8")
         if commands(page):
             yield path, page
@@ -78,7 +78,7 @@ def main() -> None:
     check = parser.parse_args().check
     others = [(path, new) for path, page in pages() if (new := renewed(page)) != page]
     for path, new in others:
-        print(f"{path}: tables differ from what records hold" if check else f"{path}: written")
+        print(f"{path}: tables differ from what their commands print" if check else f"{path}: written")
         if not check:
             path.write_text(new, encoding="utf-8")
     if check and others:

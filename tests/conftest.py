@@ -89,7 +89,7 @@ def fault_runs() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def published() -> ModuleType:
-    """``benchmarks/published.py``: the tables of docs/results that come out of records."""
+    """``benchmarks/published.py``: the tables of pages that come out of what is committed."""
     return _benchmark("published")
 
 

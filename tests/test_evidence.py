@@ -19,6 +19,7 @@ from segkd.pipeline.config import RunConfig
 from segkd.pipeline.evidence import Evidence, Row, evidence_of
 from segkd.pipeline.settings import settings
 from segkd.pipeline.student.knowledge.config import KnowledgeConfig
+from segkd.pipeline.student.resuming import is_harmless
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -35,7 +36,14 @@ TABLES = re.compile(r"^segkd ablate .*--tables", re.MULTILINE)
 def rows(page: str) -> set[str]:
     """The first cells of a page's tables."""
     lines = (RESULTS / page).read_text(encoding="utf-8").splitlines()
-    return {line.split("|")[1].strip() for line in lines if line.startswith("|")}
+    return {line.split("|")[1].strip(" †") for line in lines if line.startswith("|")}
+
+
+def choices(hint: object) -> set[object]:
+    """What a setting may be, where it is one of several."""
+    if typing.get_origin(hint) is Literal:
+        return set(typing.get_args(hint))
+    return {choice for part in typing.get_args(hint) for choice in choices(part)}
 
 
 @pytest.mark.parametrize("kind", STATED, ids=lambda kind: kind.__name__)
@@ -44,7 +52,7 @@ def test_evidence_is_of_a_setting_and_its_row_exists(kind: type) -> None:
     for key, row in STATED[kind].items():
         name, _, value = key.partition("=")
         assert not name or name in {field.name for field in dataclasses.fields(kind)}, key
-        assert not value or value in typing.get_args(hints[name]), key
+        assert not value or value in choices(hints[name]), key
         if row is not None:
             assert row.row in rows(row.page), key
 
@@ -54,13 +62,16 @@ def test_rows_are_told_from_what_is_no_row() -> None:
     assert "student, reborn" not in rows("demo.md")
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in RESULTS.glob("*.md")))
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (*RESULTS.glob("*.md"), ROOT / "configs/paper/README.md"))
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_tables_are_what_the_records_beside_them_print(
     page: str, published: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If it fails, records or how they are told have changed: ``python benchmarks/published.py`` writes pages anew."""
     monkeypatch.chdir(ROOT)
-    text = (RESULTS / page).read_text(encoding="utf-8")
+    text = (ROOT / page).read_text(encoding="utf-8")
     # A command that is not told apart would let its table grow old.
     assert len(published.commands(text)) == text.count("<!-- prints -->") == text.count("<!-- end -->")
     assert sum("--tables" in command for command in published.commands(text)) == len(TABLES.findall(text))
@@ -80,7 +91,7 @@ def test_gains_in_the_readme_are_those_of_the_page() -> None:
 
 def test_a_table_that_records_do_not_print_is_found(published: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (_, page), *_ = published.pages()
+    page = next(text for path, text in published.pages() if path.name == "camvid-s.md")
     changed = re.sub(r"(\| alone \| \d+ \| )\d", r"\g<1>9", page, count=1)
     assert changed != page
     assert published.renewed(changed) == page
@@ -172,6 +183,21 @@ def test_sentences() -> None:
         "Accuracy of `b` not measured.",
     ]
     assert accuracy(Example, "other") == []
+
+
+SIZE = {"steps", "labelled", "auxiliary", "seed", "validate_every", "deterministic", "allow_unpromised"}
+"""What makes an experiment longer, or another of its kind, rather than another experiment."""
+
+
+def test_every_setting_that_decides_what_training_gives_is_stated() -> None:
+    """What a sweep counts among a run's effective settings, but for its size."""
+    tables = ("augment", "loss", "train")
+    decide = [setting for setting in settings(RunConfig) if setting.key[0] in tables and setting.table is None]
+    names = {".".join(setting.key) for setting in decide if not is_harmless(".".join(setting.key))}
+    stated = {
+        f"{setting.key[0]}.{key.partition('=')[0]}" for setting in decide for key in STATED.get(setting.owner, {})
+    }
+    assert {name for name in names if name.partition(".")[2] not in SIZE} == stated
 
 
 def test_the_page_says_so_of_every_option_without_a_row() -> None:

@@ -27,6 +27,7 @@ from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.optim import learning_rate
 from segkd.pipeline.student.train import train
 from segkd.pipeline.teacher.cache import teacher_cache
+from segkd.pipeline.teacher.plan import plan
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "paper"
 DATA = ("cityscapes", "pascal-context", "voc2012")
@@ -118,9 +119,11 @@ def test_rows_go_through_both_stages(data: str, weights: Path, tmp_path: Path, m
     train(teacher, f"runs/paper/{data}-teacher", distill=False)
     small = (*SMALL, "train.labelled=2", "cache.device=cpu")
     full = config(data, *small, "train.auxiliary=1")
+    foretold = plan(full)
+    assert foretold.roles == {"auxiliary": 3, "train": 3}
     summary = teacher_cache(full)
     assert summary.sealed
-    assert summary.roles == {"auxiliary": 3, "train": 3}
+    assert summary.roles == foretold.roles
     for row in ROWS:
         # A row has its own auxiliary images, or none; the miniature has one where it has some.
         run = config("-".join(filter(None, (data, row))), *small, *([] if row else ["train.auxiliary=1"]))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from segkd.pipeline.data.sample import IGNORE
-from segkd.pipeline.evidence import Evidence
+from segkd.pipeline.evidence import Evidence, Row
 from segkd.pipeline.models.network import IMAGENET_MEAN
 from segkd.storage.errors import ConfigError
 from segkd.storage.geometry import Affine, Axis, Mapping, flip, resize, shift
@@ -32,7 +32,14 @@ PADDING = tuple(round(255 * channel) for channel in IMAGENET_MEAN)
 class AugmentConfig:
     """How training crops are drawn."""
 
-    evidence: ClassVar[Evidence] = {"cutmix": None}
+    evidence: ClassVar[Evidence] = {
+        "crop": Row("camvid-s.md", "large-crops"),
+        "scale": Row("camvid-s.md", "scale-wide"),
+        "flip": None,
+        "photometric": Row("camvid-s.md", "photometric-0"),
+        "auxiliary_photometric": None,
+        "cutmix": None,
+    }
 
     crop: tuple[int, int] = (256, 256)
     """Height and width of a crop in pixels; an image that is smaller after scaling is padded."""

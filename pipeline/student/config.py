@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from segkd.pipeline.data.sources import View
-from segkd.pipeline.evidence import Evidence
+from segkd.pipeline.evidence import Evidence, Row
 from segkd.pipeline.models.predictor import Precision
 from segkd.pipeline.sizes import parse_bytes
 from segkd.pipeline.student.batch_norm import BatchNormMode
@@ -19,12 +19,24 @@ class TrainConfig:
     """Durations are in optimiser steps; samples are counted a step."""
 
     evidence: ClassVar[Evidence] = {
-        "teacher_view": None,
+        "teacher_view=image": Row("price.md", "image"),
+        "teacher_view=crop": Row("price.md", "crop"),
         "least_confidence": None,
         "most_entropy": None,
         "batch_norm=labelled": None,
         "batch_norm=separate": None,
         "batch_norm=frozen": None,
+        "optimiser=sgd": Row("camvid-s.md", "sgd"),
+        "learning_rate": Row("camvid-s.md", "rate-4e-3"),
+        "backbone_rate": None,
+        "weight_decay": Row("camvid-s.md", "decay-1e-1"),
+        "momentum": None,
+        "warmup": None,
+        "power": None,
+        "clip": None,
+        "class_weights": Row("camvid-s.md", "unweighted"),
+        "ema": None,
+        "amp": None,
     }
 
     steps: int = 20_000

@@ -33,7 +33,7 @@ from segkd.storage.errors import ConfigError
 class LossConfig:
     """What is learned from the labels, and how strictly the cache's promise is taken."""
 
-    evidence: ClassVar[Evidence] = {"label_smoothing": None}
+    evidence: ClassVar[Evidence] = {"cross_entropy": None, "label_smoothing": None}
 
     cross_entropy: float = 1.0
     """Weight of the cross-entropy with the labels; 0 = off, and never computed."""

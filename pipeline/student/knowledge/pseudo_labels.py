@@ -21,7 +21,7 @@ class PseudoLabels(ClassWeighted):
     """
 
     name: ClassVar[str] = "pseudo_labels"
-    evidence: ClassVar[Evidence] = {"form=hard": Row("camvid-s-earlier.md", "pseudo-labels"), "form=confidence": None}
+    evidence: ClassVar[Evidence] = {"form=hard": Row("camvid-s.md", "pseudo-labels"), "form=confidence": None}
 
     form: Literal["hard", "confidence"] = "hard"
     """What a cell weighs: ``hard``: 1; ``confidence``: the teacher's largest probability."""
