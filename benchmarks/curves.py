@@ -51,6 +51,8 @@ def markdown(arms: dict[str, list[Curve]]) -> Iterator[str]:
         yield f"| {step:,} | {' | '.join(f'{curve[step]:.2f}' if step in curve else '' for curve in means.values())} |"
     # The diagram has one axis for all, so it ends where the shortest curve does.
     shared = sorted(set.intersection(*map(set, means.values())))
+    if not shared:
+        return
     yield from ("", "```mermaid", "xychart-beta", f"    x-axis {json.dumps([str(step) for step in shared])}")
     yield '    y-axis "mIoU on select"'
     for curve in means.values():
@@ -65,7 +67,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arms = read_arms(Ledger(arguments.ledger))
     if not arms:
-        parser.error(f"{arguments.ledger}: no record with validations is here; set train.validate_every above 0")
+        parser.error(
+            f"{arguments.ledger}: no record here has validations; name a ledger of runs with train.validate_every "
+            "above 0 (records of before validations were kept have none)"
+        )
     print(json.dumps(arms) if arguments.json else "\n".join(markdown(arms)))
 
 

@@ -3,13 +3,14 @@
     python benchmarks/gradients.py runs/camvid-s-first [--json]
 
 The folder is what `segkd ablate --output` wrote. A mean over the first tenth of the steps, the fifth and sixth, and the
-last, over all seeds, of what runs log every `train.log_every` steps.
+last, over all seeds, of what runs log every `train.log_every` steps; nan where they have logged none.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -35,9 +36,13 @@ def read(sweep: Path) -> Norms:
                     parts = norms.setdefault(run.parent.name, {}).setdefault(term, [[] for _ in PARTS])
                     parts[number].append(1e3 * norm)
     return {
-        arm: {term: [fmean(part) for part in parts] for term, parts in terms.items() if term != "total"}
+        arm: {term: list(map(_mean, parts)) for term, parts in terms.items() if term != "total"}
         for arm, terms in norms.items()
     }
+
+
+def _mean(values: list[float]) -> float:
+    return fmean(values) if values else math.nan
 
 
 def table(arms: Norms) -> Iterator[str]:

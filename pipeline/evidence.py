@@ -1,8 +1,9 @@
 """Which settings have been measured, and where the figures are.
 
-A dataclass of settings may state ``evidence``, a class variable. Its keys are the name of a setting (what it does away
-from its default), ``setting=value`` (what one of its values does) or "" (what the whole table does); its values the row
-that measured it, or None. The reference pages say "accuracy not measured" of what has None.
+A dataclass of settings may state ``evidence``, a class variable. Its keys are the name of a setting (what its value
+does), ``setting=value`` (what one of its values does) or "" (what the whole table does); its values the row that
+measured it against another value, which may be the default, or None. The reference pages say "accuracy not measured"
+of what has None.
 """
 
 from __future__ import annotations

@@ -688,12 +688,15 @@ def test_images_that_are_learned_from_and_scored_are_refused_or_stamped(cached: 
     for policy in ("warn", "off"):
         settings = (f"data.compare_contents='{policy}'", longer)
         told = plan_sweep(read(run, *settings), tmp_path / "out").stamps
-        assert told[0] == "1 of 4 images that are scored are learned from: scores are too good."
+        assert told[0] == (
+            "auxiliary-zero, auxiliary-zero-first, pseudo-labels: 1 of 4 images of roles select and report are learned "
+            "from: their scores are too good."
+        )
         assert plan_sweep(read(run, *settings, labels_alone), tmp_path / "out").stamps == ()  # none draws it
     own = 'ablate.arms.own={like=\'alone\', set=[\'data.compare_contents="warn"\', \'data.folders={train=["a", "b"], '
     own += 'select=["c"], report=["d"]}\']}'
     assert plan_sweep(read(run, labels_alone, own), tmp_path / "out").stamps == (
-        "Arm own: 1 of 4 images that are scored are learned from: scores are too good.",
+        "own: 1 of 4 images of roles select and report are learned from: their scores are too good.",
     )
 
 
@@ -709,7 +712,7 @@ def test_an_arm_may_not_select_on_what_is_reported_either(cached: Path, tmp_path
         "role select and role report share 2 images, the first 'e/0' and 'd/0': "
     )
     assert plan_sweep(read(run, *settings, "ablate.allow_shared_select=true"), tmp_path / "out").stamps == (
-        "Arm own: Role select and role report share 2 of 2 images: what was chosen was chosen on what is reported.",
+        "own: Role select and role report share 2 of 2 images: what was chosen was chosen on what is reported.",
     )
 
 

@@ -145,7 +145,10 @@ def test_weights_alone_are_no_checkpoint(tmp_path: Path) -> None:
     [
         ({"version": 2}, "of format 2, this segkd reads up to 1; update segkd"),
         ({"format": "other"}, "its description is damaged or no segkd-checkpoint's; take another copy"),
-        ({"surprise": 1}, "surprise.*the checkpoint is damaged, take another copy"),
+        (
+            {"surprise": 1},
+            "surprise.*is of a later segkd, or damaged: update segkd, or take another copy",
+        ),
         ({"step": 8}, "damaged, its content does not match its SHA-256"),
     ],
 )

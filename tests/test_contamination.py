@@ -261,10 +261,41 @@ def test_labels_that_were_learned_before_a_warm_start_are_followed(
         found = find_label_leaks(path, source, known)
         assert [leak.sample.id for leak in found.leaks] == ["b/1", "d/0"]
         assert found.describe(source) == message(leaking, files).replace(str(first), str(path))
-    assert checkpoint.load(second)[0].samples.labels_before.names() == ["a/0", "a/1"]
-    assert checkpoint.load(tmp_path / "third/last.safetensors")[0].samples.labels_before.count == 4
+    assert [part.names() for part in checkpoint.load(second)[0].samples.labels_before] == [["a/0", "a/1"]]
+    assert checkpoint.load(tmp_path / "third/last.safetensors")[0].samples.to_dict()["labels_before"] == 4
     # A run that began with a checkpoint goes on as the same run.
     train(begun, tmp_path / "second", distill=False, resume=True)
+
+
+def test_what_a_network_has_learned_itself_is_found_whatever_it_began_with(
+    alone: RunConfig, files: Files, tmp_path: Path
+) -> None:
+    off = changed(alone, data={"compare_contents": "off"})
+    train(off, tmp_path / "first", distill=False)
+    train(changed(alone, student={"init": str(tmp_path / "first/last.safetensors")}), tmp_path / "out", distill=False)
+    path = tmp_path / "out/last.safetensors"
+    source = open_data(alone.data)
+    with pytest.raises(CheckpointError) as caught:
+        find_label_leaks(path, source, read_contents(source, source.samples))
+    assert str(caught.value) == (
+        f"{path}: keeps no digests of a network that it began with, which was trained with data.compare_contents = "
+        '"off"; whether it has learned labels that it should not cannot be told'
+    )
+    put_copy(files, "a/1", "d/0")
+    source = open_data(alone.data)
+    found = find_label_leaks(path, source, read_contents(source, source.samples))
+    assert [leak.sample.id for leak in found.leaks] == ["d/0"]
+
+
+def test_a_run_that_was_begun_before_beginnings_were_kept_is_resumed(alone: RunConfig, tmp_path: Path) -> None:
+    train(alone, tmp_path / "first", distill=False)
+    begun = changed(alone, student={"init": str(tmp_path / "first/last.safetensors")})
+    train(begun, tmp_path / "out", distill=False)
+    path = tmp_path / "out/last.safetensors"
+    description, tensors = checkpoint.load(path)
+    older = replace(description, samples=replace(description.samples, labels_before=()))
+    checkpoint.save(path, older, tensors)
+    train(begun, tmp_path / "out", distill=False, resume=True)
 
 
 def test_weights_alone_tell_of_no_labels(alone: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -273,7 +304,7 @@ def test_weights_alone_tell_of_no_labels(alone: RunConfig, tmp_path: Path, caplo
     weights = checkpoint.part(checkpoint.load(tmp_path / "out/last.safetensors")[1], checkpoint.MODEL)
     safetensors.torch.save_file(weights, tmp_path / "weights.safetensors")
     train(changed(alone, student={"init": str(tmp_path / "weights.safetensors")}), tmp_path / "next", distill=False)
-    assert checkpoint.load(tmp_path / "next/last.safetensors")[0].samples.labels_before.count == 0
+    assert checkpoint.load(tmp_path / "next/last.safetensors")[0].samples.labels_before == ()
     assert not [text for text in caplog.messages if "labels" in text]
 
 
@@ -365,18 +396,3 @@ def test_lists_that_do_not_unpack_are_refused(wrong: dict[str, Any]) -> None:
 def test_a_network_that_has_seen_nothing_says_so() -> None:
     counts = {"labels_of": 0, "labels_before": 0, "images_of": 0, "selected_on": 0}
     assert Seen().to_dict() == {**counts, "contaminated": None}
-
-
-def test_a_union_has_each_image_once_by_its_pixels() -> None:
-    def listed(names: str, digests: str | None) -> SampleList:
-        samples = [Sample(id=name, role=Role.TRAIN, labelled=True) for name in names]
-        if digests is None:
-            return SampleList.of(samples, None)
-        contents = dict(zip(names, digests, strict=True))
-        return SampleList.of(samples, {name: Content(bytes([ord(of)] * 16), b"") for name, of in contents.items()})
-
-    both = SampleList.union([listed("ab", "xy"), listed("", None), listed("bca", "yzy")])
-    assert both == listed("abc", "xyz")
-    unknown = SampleList.union([listed("ab", "xy"), listed("bc", None)])
-    assert (unknown.names(), unknown.pixels()) == (["a", "b", "c"], None)
-    assert SampleList.union([]) == SampleList.of([], {}) == replace(SampleList(), digests="")

@@ -34,9 +34,9 @@ TABLES = re.compile(r"^segkd ablate .*--tables", re.MULTILINE)
 
 
 def rows(page: str) -> set[str]:
-    """The first cells of a page's tables."""
+    """The first cells of a page's rows of figures."""
     lines = (RESULTS / page).read_text(encoding="utf-8").splitlines()
-    return {line.split("|")[1].strip(" †") for line in lines if line.startswith("|")}
+    return {line.split("|")[1].strip(" †") for line in lines if re.match(r"\|.*\| \**[+-]?\d+\.\d", line)}
 
 
 def choices(hint: object) -> set[object]:

@@ -281,7 +281,7 @@ def test_voc_with_one_half_of_sbd(tmp_path: Path, there: str, gone: str) -> None
     refused(
         reader("voc2012", tmp_path),
         f"{tmp_path}: {there} is there and {gone} is not, so it is unknown whether SBD's 10,582 images or the official "
-        f"1,464 are to be trained on; add {gone}, remove {there}, or name a list in data.lists",
+        f"1,464 are to be trained on; add {gone}, remove {there}, or give all roles by data.lists",
     )
 
 

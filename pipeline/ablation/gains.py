@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from segkd.pipeline.ablation.arms import AUXILIARY, Arm, views
+from segkd.pipeline.ablation.arms import Arm, views
 from segkd.pipeline.ablation.config import AblateConfig
 from segkd.pipeline.ablation.ledger import RunRecord
 from segkd.pipeline.ablation.statistics import Floats, Interval, Mean, Verdict, bootstrap, mean_of, paired_t, tallies
+from segkd.pipeline.config import RunConfig
 
 Records = Mapping[str, Mapping[int, RunRecord]]
 """By arm and seed."""
@@ -125,16 +127,27 @@ def _in_full(pair: tuple[str, str, str], arms: Mapping[str, Arm], config: Ablate
     later, earlier, what = pair
     if config.longer and "alone-longer" in (later, earlier):
         against = f"{config.longer:g} times the steps"
-        return against if later == "alone-longer" else f"distillation as a whole, against {against}"
-    if earlier not in ("zero", "zero-first") or later not in AUXILIARY:
-        return what
-    auxiliary, labelled = arms[later].run.augment, arms[earlier].run.augment
-    beside = []
-    if auxiliary.auxiliary_photometric != labelled.photometric:
-        beside.append(f"photometric strength {auxiliary.auxiliary_photometric:g} in place of {labelled.photometric:g}")
-    if auxiliary.cutmix:
-        beside.append(f"CutMix {auxiliary.cutmix:g}")
+        what = against if later == "alone-longer" else f"distillation as a whole, against {against}"
+    beside = list(_of_auxiliary(arms[later].run, arms[earlier].run))
     return f"{what} ({', '.join(beside)})" if beside else what
+
+
+def _of_auxiliary(later: RunConfig, earlier: RunConfig) -> Iterator[str]:
+    """What the auxiliary images of the later run have otherwise than labelled ones, where the earlier has none."""
+    augment, train = later.augment, later.train
+    if not train.auxiliary or earlier.train.auxiliary:
+        return
+    strength, labelled = augment.auxiliary_photometric, earlier.augment.photometric
+    if strength != labelled:
+        yield f"auxiliary photometric strength {strength:g}, labelled {labelled:g}"
+    if augment.cutmix:
+        yield f"CutMix {augment.cutmix:g}"
+    if train.batch_norm not in ("joint", "frozen"):
+        yield f"batch norm {train.batch_norm}"
+    if train.least_confidence:
+        yield f"confidence of at least {train.least_confidence:g}"
+    if train.most_entropy < math.inf:
+        yield f"entropy of at most {train.most_entropy:g}"
 
 
 def _row(arm: Arm, records: Records, upper: str) -> Row:

@@ -163,5 +163,8 @@ def _stamps(run: RunConfig, arms: Mapping[str, Arm], records: Records) -> Iterat
     )
     if other:
         yield "The run file's teacher is another one than that of the records."
+    policy = run.data.compare_contents
+    if policy != "refuse":
+        yield f'The run file lets images be scored that are learned from: data.compare_contents = "{policy}".'
     if run.ablate.allow_shared_select:
         yield "The run file allows that roles select and report share images."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -263,35 +263,41 @@ def _longer(run: RunConfig, ledger: Ledger, measure: bool) -> float | None:
     return None if settled is None else float(settled["longer"])
 
 
-def _check_roles(run: RunConfig, arms: Iterable[Arm], opened: _Opened) -> Iterator[str]:
-    """What tables must say of the roles, of the run file's data and of arms' own.
+def _check_roles(run: RunConfig, arms: Collection[Arm], opened: _Opened) -> Iterator[str]:
+    """What tables must say of the roles, of the run file's data and of arms' own, and of which arms.
 
     Raises DataError without samples to report on, ContaminationError.
     """
     source, held = opened.data(run)
     if not with_role(source, Role.REPORT):
         raise DataError("the data have no sample of role report, so there is nothing to compare arms on; give it some")
-    of: dict[int, list[Arm]] = {}
+    found: dict[tuple[int, bool], Twins] = {}
+    of: dict[str, list[str]] = {}
     for arm in arms:
-        of.setdefault(id(opened.data(arm.run)[0]), []).append(arm)
-    for alike in of.values():
-        first, drawn = alike[0], any(arm.run.train.auxiliary for arm in alike)
-        source, held = opened.data(first.run)
-        roles = (*SCORED, Role.TRAIN, *([Role.AUXILIARY] if drawn else []))
-        twins = find_twins(with_role(source, *roles), held.contents)
-        whose = "" if first.run.data == run.data else f"Arm {first.name}: "
-        for stamp in (_stamp_of_learned(twins, first.run, source), _stamp_of_shared(twins, run, source)):
+        source, held = opened.data(arm.run)
+        drawn = arm.run.train.auxiliary > 0
+        if (id(source), drawn) not in found:
+            roles = (*SCORED, Role.TRAIN, *([Role.AUXILIARY] if drawn else []))
+            found[id(source), drawn] = find_twins(with_role(source, *roles), held.contents)
+        twins = found[id(source), drawn]
+        for stamp in (_stamp_of_learned(twins, arm.run, source), _stamp_of_shared(twins, run, source)):
             if stamp is not None:
-                yield f"{whose}{stamp}"
+                of.setdefault(stamp, []).append(arm.name)
+    for stamp, named in of.items():
+        yield stamp if len(named) == len(arms) else f"{', '.join(named)}: {stamp}"
 
 
 def _stamp_of_learned(twins: Twins, run: RunConfig, source: DataSource) -> str | None:
-    """What is learned from and scored on. Where it is not refused, runs themselves warn of it."""
+    """What is learned from and scored on. Raises ContaminationError where that is refused."""
     found = twins.contaminated
     if found and run.data.compare_contents == "refuse":
         require_apart(twins, source, "refuse")
     scored = len(with_role(source, *SCORED))
-    return f"{len(found)} of {scored} images that are scored are learned from: scores are too good." if found else None
+    return (
+        f"{len(found)} of {scored} images of roles select and report are learned from: their scores are too good."
+        if found
+        else None
+    )
 
 
 def _stamp_of_shared(twins: Twins, run: RunConfig, source: DataSource) -> str | None:

@@ -206,4 +206,6 @@ def _parse(path: str | Path, text: str | None) -> Description:
     try:
         return parse(Description, raw, place=str(path))
     except ConfigError as error:
-        raise CheckpointError(f"{error}; the checkpoint is damaged, take another copy") from None
+        raise CheckpointError(
+            f"{error}; the checkpoint is of a later segkd, or damaged: update segkd, or take another copy"
+        ) from None

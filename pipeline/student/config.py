@@ -34,7 +34,7 @@ class TrainConfig:
         "warmup": None,
         "power": None,
         "clip": None,
-        "class_weights": Row("camvid-s.md", "unweighted"),
+        "class_weights=log_frequency": Row("camvid-s.md", "unweighted"),
         "ema": None,
         "amp": None,
     }

@@ -61,19 +61,22 @@ def find_label_leaks(path: str | Path, source: DataSource, contents: Mapping[str
     distilled from does not. Raises CheckpointError for a checkpoint that cannot be read, or that keeps no digests.
     """
     samples = checkpoint.load(path)[0].samples
-    held = SampleList.union((samples.labels_of, samples.labels_before))
-    digests = held.pixels()
-    if digests is None:
+    seen: dict[bytes, str] = {}
+    unknown = []
+    for number, held in enumerate((samples.labels_of, *samples.labels_before)):
+        digests = held.pixels()
+        if digests is not None:
+            seen = dict(zip(digests, held.names(), strict=True)) | seen
+        elif held.count:
+            unknown.append("of a network that it began with, which was" if number else "of its samples, being")
+    hidden = (sample for sample in source.samples if sample.role in HIDDEN and sample.id in contents)
+    leaks = [LabelLeak(sample, seen[digest]) for sample in hidden if (digest := contents[sample.id].digest) in seen]
+    if unknown and not leaks:
         raise CheckpointError(
-            f'{path}: keeps no digests of its samples, being trained with data.compare_contents = "off"; '
+            f'{path}: keeps no digests {unknown[0]} trained with data.compare_contents = "off"; '
             "whether it has learned labels that it should not cannot be told"
         )
-    seen = dict(zip(digests, held.names(), strict=True))
-    hidden = (sample for sample in source.samples if sample.role in HIDDEN and sample.id in contents)
-    return LabelLeaks(
-        Path(path),
-        tuple(LabelLeak(sample, seen[digest]) for sample in hidden if (digest := contents[sample.id].digest) in seen),
-    )
+    return LabelLeaks(Path(path), tuple(leaks))
 
 
 def beginnings(network: NetworkConfig | None) -> Iterator[Path]:
@@ -84,10 +87,10 @@ def beginnings(network: NetworkConfig | None) -> Iterator[Path]:
                 yield path
 
 
-def labels_before(network: NetworkConfig) -> SampleList:
+def labels_before(network: NetworkConfig) -> tuple[SampleList, ...]:
     """The samples whose labels have been learned by the checkpoints that a network begins with."""
     before = [checkpoint.load(path)[0].samples for path in beginnings(network)]
-    return SampleList.union(part for samples in before for part in (samples.labels_of, samples.labels_before))
+    return tuple(part for samples in before for part in (samples.labels_of, *samples.labels_before))
 
 
 def look_for_label_leaks(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def require_same(held: Description, now: Description, path: Path) -> None:
         if before.get(key) != after.get(key) and not is_harmless(key)
     ]
     differing += ["the classes"] if held.classes != now.classes else []
-    differing += ["the samples (their lists, or what their images show)"] if held.samples != now.samples else []
+    # What it began with is compared as a setting.
+    samples = replace(now.samples, labels_before=held.samples.labels_before)
+    differing += ["the samples (their lists, or what their images show)"] if held.samples != samples else []
     if differing:
         raise CheckpointError(
             f"{path} is of a run that differs in {', '.join(differing)}; resume it as it was begun, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,29 +39,12 @@ class SampleList:
     @classmethod
     def of(cls, samples: Sequence[Sample], contents: Mapping[str, Content] | None) -> SampleList:
         """The list of these samples; ``contents``, where there are any, hold each."""
-        digests = None if contents is None else [contents[sample.id].digest for sample in samples]
-        return cls._packed([sample.id for sample in samples], digests)
-
-    @classmethod
-    def union(cls, lists: Iterable[SampleList]) -> SampleList:
-        """All of them, each image once; without digests where one of the lists has none."""
-        held = [part for part in lists if part.count]
-        digests = [part.pixels() for part in held]
-        if None in digests:
-            names = dict.fromkeys(name for part in held for name in part.names())
-            return cls._packed(list(names), None)
-        seen: dict[bytes, str] = {}
-        for part, of_part in zip(held, digests, strict=True):
-            for digest, name in zip(of_part or (), part.names(), strict=True):
-                seen.setdefault(digest, name)
-        return cls._packed(list(seen.values()), list(seen))
-
-    @classmethod
-    def _packed(cls, names: Sequence[str], digests: Sequence[bytes] | None) -> SampleList:
+        ids = "\0".join(sample.id for sample in samples).encode()
+        digests = None if contents is None else b"".join(contents[sample.id].digest for sample in samples)
         return cls(
-            count=len(names),
-            ids=base64.b64encode(zlib.compress("\0".join(names).encode(), 9)).decode() if names else "",
-            digests=None if digests is None else base64.b64encode(b"".join(digests)).decode(),
+            count=len(samples),
+            ids=base64.b64encode(zlib.compress(ids, 9)).decode() if samples else "",
+            digests=None if digests is None else base64.b64encode(digests).decode(),
         )
 
     def names(self) -> list[str]:
@@ -84,8 +67,8 @@ class Seen:
 
     labels_of: SampleList = SampleList()
     """Role train: it has learned from their images and labels."""
-    labels_before: SampleList = SampleList()
-    """Those that the checkpoints which it began with had learned from, and the ones that they began with."""
+    labels_before: tuple[SampleList, ...] = ()
+    """The same of the checkpoints that it began with, and of those that they began with; the latest first."""
     images_of: SampleList = SampleList()
     """Role auxiliary: it has learned from their images."""
     selected_on: SampleList = SampleList()
@@ -97,7 +80,7 @@ class Seen:
         """Counts, for people."""
         return {
             "labels_of": self.labels_of.count,
-            "labels_before": self.labels_before.count,
+            "labels_before": sum(part.count for part in self.labels_before),
             "images_of": self.images_of.count,
             "selected_on": self.selected_on.count,
             "contaminated": self.contaminated,

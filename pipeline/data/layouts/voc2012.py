@@ -25,7 +25,7 @@ _SBD_LIST = f"{_LISTS}/trainaug.txt"
 _SBD = ("SegmentationClassAug", _SBD_LIST)
 _HALF_OF_SBD = (
     "{0} is there and {1} is not, so it is unknown whether SBD's 10,582 images or the official 1,464 are to be trained "
-    "on; add {1}, remove {0}, or name a list in data.lists"
+    "on; add {1}, remove {0}, or give all roles by data.lists"
 )
 _NAMES = between_commas(
     "background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,"
