@@ -1,8 +1,8 @@
 """What several networks make of the same samples of role report, side by side, as one picture.
 
     python benchmarks/predictions.py --config configs/camvid-s.toml --output docs/results/camvid-s.png \
-        teacher=runs/camvid-teacher/last.safetensors alone=runs/camvid-s/alone-longer/seed-0/last.safetensors \
-        auxiliary-zero=runs/camvid-s-8000/auxiliary-zero/seed-0/last.safetensors
+        teacher=docs/results/camvid-teacher.safetensors alone=runs/camvid-s-ladder/alone/seed-3/last.safetensors \
+        auxiliary-zero-first=runs/camvid-s-ladder/auxiliary-zero-first/seed-3/last.safetensors
 
 A row a sample, evenly spread; a column a network, with the share of the labelled pixels that it gets wrong. Neither
 images nor labels are shown.
