@@ -396,6 +396,19 @@ def test_a_run_is_done_where_its_record_is(cached: Path, tmp_path: Path) -> None
     assert set(states.values()) == {"done", "pending"}
 
 
+def test_runs_are_numbered_once_all_of_them_are_known(cached: Path, tmp_path: Path) -> None:
+    """A task does every N-th: a run that is yet to come would move the numbers of those behind it."""
+    unsettled = plan_sweep(read(cached), tmp_path, measure=False)
+    assert {run["number"] for run in unsettled.listing()["runs"]} == {None}
+    assert (
+        "alone-longer: how much longer is measured when the sweep begins; then runs are numbered" in unsettled.lines()
+    )
+    assert "      pending alone, seed 0" in unsettled.lines()
+    settled = plan_sweep(read(cached, "ablate.longer=2"), tmp_path, measure=False)
+    assert [run["number"] for run in settled.listing()["runs"]] == list(range(20))
+    assert "   0  pending alone, seed 0" in settled.lines()
+
+
 def overrides() -> list[str]:
     return [word for setting in SETTINGS for word in ("--set", setting)]
 

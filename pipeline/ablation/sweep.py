@@ -70,7 +70,7 @@ class Sweep:
             },
             "runs": [
                 {"number": number, "arm": job.arm, "seed": job.seed, "state": self.state(job)}
-                for number, job in enumerate(self.jobs)
+                for number, job in self._numbered()
             ],
             "unmeasured": ["alone-longer"] if self.unmeasured else [],
         }
@@ -83,10 +83,15 @@ class Sweep:
             lines.append(f"{arm.name}: {settings or 'the run file as it is'}")
             lines += [f"  not at matched compute: {what}" for what in arm.unmatched]
         if self.unmeasured:
-            lines.append("alone-longer: how much longer is measured when the sweep begins")
-        lines += [f"{number:4}  {self.state(job):8}{job}" for number, job in enumerate(self.jobs)]
+            lines.append("alone-longer: how much longer is measured when the sweep begins; then runs are numbered")
+        lines += [f"{'' if number is None else number:4}  {self.state(job):8}{job}" for number, job in self._numbered()]
         done = sum(self.state(job) == "done" for job in self.jobs)
         return [*lines, f"{done} of {len(self.jobs)} runs are done"]
+
+    def _numbered(self) -> Iterator[tuple[int | None, Job]]:
+        """The runs with the numbers by which tasks share them; without, while a run of each seed is still to come."""
+        for number, job in enumerate(self.jobs):
+            yield None if self.unmeasured else number, job
 
 
 def plan_sweep(run: RunConfig, output: str | Path, *, measure: bool = True, progress: Progress = SILENT) -> Sweep:
