@@ -21,7 +21,7 @@ from torch import Tensor
 
 from segkd.pipeline.data.batch import Batch
 from segkd.pipeline.data.sample import IGNORE
-from segkd.pipeline.evidence import Evidence
+from segkd.pipeline.evidence import Evidence, Row
 from segkd.pipeline.student.alignment import align
 from segkd.pipeline.student.knowledge.base import Knowledge
 from segkd.pipeline.student.label_loss import summed_cross_entropy
@@ -33,7 +33,7 @@ from segkd.storage.errors import ConfigError
 class LossConfig:
     """What is learned from the labels, and how strictly the cache's promise is taken."""
 
-    evidence: ClassVar[Evidence] = {"cross_entropy": None, "label_smoothing": None}
+    evidence: ClassVar[Evidence] = {"cross_entropy": None, "label_smoothing": Row("camvid-s.md", "label-smoothing")}
 
     cross_entropy: float = 1.0
     """Weight of the cross-entropy with the labels; 0 = off, and never computed."""
