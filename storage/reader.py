@@ -109,7 +109,7 @@ class CacheReader:
             if lookup.removes(sample_id):
                 break
         raise failure or CacheMismatchError(
-            f"{self.path} holds no sample {sample_id!r}; its lists differ from the data's: "
+            f"{self.path} holds no sample {sample_id!r}: its role is none of cache.roles, or the data have changed; "
             "write a cache of these samples with segkd teacher-cache"
         )
 

@@ -586,7 +586,7 @@ def test_a_newer_minor_format_is_read(tmp_path: Path) -> None:
 def test_an_unknown_sample_is_named(tmp_path: Path) -> None:
     write_cache(tmp_path / "c.zarr")
     with pytest.raises(
-        CacheMismatchError, match=r"c.zarr holds no sample 'train/999'; its lists differ from the data's"
+        CacheMismatchError, match=r"c.zarr holds no sample 'train/999': its role is none of cache.roles, or the data"
     ):
         CacheReader(tmp_path / "c.zarr").entry("train/999")
 

@@ -217,7 +217,7 @@ def test_too_little_space_is_said_before_it_is_used(sized: RunConfig, monkeypatc
 def test_a_bound_near_the_teachers_own_noise_is_pointed_out(sized: RunConfig) -> None:
     loose = replace(sized, cache=replace(sized.cache, max_kl=0.05))
     foretold = planning.plan(loose, samples=4)
-    assert any("max_kl 0.05 is within an order of the teacher's disagreement" in text for text in foretold.warnings)
+    assert any("max_kl 0.05 is over a tenth of the teacher's disagreement" in text for text in foretold.warnings)
 
 
 # Amounts of bytes

@@ -89,7 +89,8 @@ class DataConfig:
     compare_contents: Policy = "refuse"
     """What is done where an image that is learned from is one of role select or report too, by its pixels or re-encoded
     or scaled: ``refuse`` or ``warn``. ``off`` does not compare; else every image is decoded once, and remembered.
-    ``evaluate`` and ``teacher-cache`` warn, but with ``off``, of images whose labels their network has learned."""
+    Unless it is ``off``, ``evaluate`` and ``teacher-cache`` warn of images of role auxiliary, select or report whose
+    labels their network has learned."""
     scenes: SceneConfig = field(default_factory=SceneConfig)
     """``scenes``: what is generated."""
 

@@ -231,7 +231,7 @@ def _warnings(
     least = min((nats for nats in disagreement.values() if nats is not None and nats > ROUNDING), default=math.inf)
     if run.cache.max_kl > least / 10 and not run.cache.budget:
         warnings.append(
-            f"max_kl {run.cache.max_kl:.3g} is within an order of the teacher's disagreement with itself, {least:.3g}; "
+            f"max_kl {run.cache.max_kl:.3g} is over a tenth of the teacher's disagreement with itself, {least:.3g}; "
             f"set cache.max_kl to at most {least / 10:.1g}"
         )
     if fit is not None and fit.suspect is not None:
