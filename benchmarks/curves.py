@@ -25,9 +25,8 @@ Curve = dict[int, float]
 def read_arms(ledger: Ledger) -> dict[str, list[Curve]]:
     """The curves of each arm's runs, arms in the order of the ladder, then a run file's own by name."""
     arms: dict[str, list[Curve]] = {}
-    for path in sorted(ledger.folder.glob("*.seed-*.json")):
-        arm, _, seed = path.stem.rpartition(".seed-")
-        record = ledger.read(arm, int(seed))
+    for arm, seed in ledger.runs():
+        record = ledger.read(arm, seed)
         if record is not None and record.curve:
             curve = {int(step): miou for step, miou in record.curve.items() if miou is not None}
             arms.setdefault(arm, []).append(curve)

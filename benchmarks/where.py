@@ -35,7 +35,7 @@ class Difference:
 
 def pairs(ledger: Ledger, later: str, earlier: str) -> list[tuple[RunRecord, RunRecord]]:
     """The records of both arms, by seed. Raises SystemExit where there are none."""
-    seeds = sorted({int(path.stem.rpartition("-")[2]) for path in ledger.folder.glob(f"{later}.seed-*.json")})
+    seeds = [seed for arm, seed in ledger.runs() if arm == later]
     both = [(ledger.read(later, seed), ledger.read(earlier, seed)) for seed in seeds]
     found = [(after, before) for after, before in both if after is not None and before is not None]
     if not found:

@@ -119,6 +119,11 @@ class Ledger:
         """Where the record of a run stands."""
         return self.folder / f"{arm}.seed-{seed}.json"
 
+    def runs(self) -> list[tuple[str, int]]:
+        """Arm and seed of every record, in this order."""
+        names = (path.stem.rpartition(".seed-") for path in self.folder.glob("*.seed-*.json"))
+        return sorted((arm, int(seed)) for arm, _, seed in names)
+
     def load(self, arm: str, seed: int, identity: dict[str, Any]) -> RunRecord | None:
         """The record of a run; None where it is not done. Raises RecordError for a record of another run."""
         record = self.read(arm, seed)
