@@ -1,4 +1,6 @@
-"""The paper's rows: each run file goes through both stages on a miniature, and is built at full size."""
+"""Run files for GPUs, the paper's rows and protocol F: each goes through both stages on a miniature, and is built at
+full size.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from segkd.pipeline.data.readers import open_data
 from segkd.pipeline.data.sample import Role, with_role
 from segkd.pipeline.evaluation.evaluate import checkpoint_predictor, evaluate_network
 from segkd.pipeline.evaluation.speed import count_parameters
-from segkd.pipeline.models.mobilenet import MobileNetV1
+from segkd.pipeline.models.mobilenet import MobileNetV1, MobileNetV2
 from segkd.pipeline.models.references import described, load_network
 from segkd.pipeline.models.resnet import RESNET101, ResNet
 from segkd.pipeline.settings import to_dict
@@ -30,6 +32,7 @@ from segkd.pipeline.teacher.cache import teacher_cache
 from segkd.pipeline.teacher.plan import plan
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "paper"
+PROTOCOL_F = CONFIGS.parent
 DATA = ("cityscapes", "pascal-context", "voc2012")
 ROWS = ("alone", "zero", "zero-first", "")
 """As the files are named; the last is the data set's own file."""
@@ -106,6 +109,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     torch.save(ResNet(RESNET101, 8).state_dict(), folder / "resnet101.pth")
     torch.save(MobileNetV1(1.0, 8).state_dict(), folder / "mobilenet_v1.pth")
+    torch.save(MobileNetV2(16).state_dict(), folder / "mobilenet_v2-b0353104.pth")
     return folder
 
 
@@ -222,3 +226,54 @@ def test_schedule(data: str) -> None:
 def test_the_readme_names_every_run_file() -> None:
     named = set(re.findall(r"`([\w-]+\.toml)`", (CONFIGS / "README.md").read_text()))
     assert named == {path.name for path in CONFIGS.glob("*.toml")}
+
+
+# Protocol F
+
+
+STUDENTS = {"camvid-f": 3_206_976 + 9 * 1024 * 11 + 11, "camvid-f-enet": 363_098, "camvid-f-mobilenetv2": 2_717_243}
+"""Run files, and the parameters of their students at CamVid's 11 classes."""
+WIDE = ("augment.crop=[65, 81]", *SMALL[1:])
+
+
+def of_protocol_f(name: str, *overrides: str) -> RunConfig:
+    return load(PROTOCOL_F / f"{name}.toml", overrides)
+
+
+@pytest.fixture
+def camvid(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout beside a miniature of the shared data; the current folder."""
+    root = tmp_path / "shared" / "data" / "camvid"
+    for split, roles in (("train", ("labelled", "auxiliary", "select")), ("val", ("report",))):
+        for role in roles:
+            ids = [f"{split}/{role}_{k}" for k in range(3)]
+            for each in ids:
+                draw(str(root / f"{each}.jpg"), -1)
+                draw(str(root / f"{each.replace(split, f'{split}annot')}.png"), 11)
+            (root / "lists").mkdir(exist_ok=True)
+            (root / "lists" / f"{role}.txt").write_text("\n".join(ids) + "\n")
+    (tmp_path / "checkout").mkdir()
+    monkeypatch.chdir(tmp_path / "checkout")
+    for folder in (Path("weights"), tmp_path / "shared" / "weights"):
+        folder.symlink_to(weights)
+
+
+@pytest.mark.usefixtures("camvid")
+def test_protocol_f_goes_through_both_stages() -> None:
+    train(of_protocol_f("camvid-f-teacher", *WIDE, "train.labelled=2"), "runs/camvid-f-teacher", distill=False)
+    small = (*WIDE, "train.labelled=1", "train.auxiliary=1", "cache.device=cpu")
+    assert teacher_cache(of_protocol_f("camvid-f", *small)).sealed
+    for name in STUDENTS:
+        train(of_protocol_f(name, *small), f"out/{name}", distill=True)
+        assert checkpoint.load(f"out/{name}/last.safetensors")[0].step == 2
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_arms_and_student_of_protocol_f(name: str) -> None:
+    run = of_protocol_f(name)
+    arms = resolve_arms(run, run.ablate.longer)
+    assert len(arms) == 11
+    assert [arm.name for arm in arms.values() if arm.unmatched] == ["alone-longer"]
+    student = replace(described(run.the_student()), init=None)
+    assert student.preprocessing.scale == 1
+    assert count_parameters(load_network(student, 11)) == STUDENTS[name]
