@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import numpy.typing as npt
 
 from segkd.cli.main import main as segkd
+from segkd.cli.options import Interrupted
 from segkd.pipeline.config import load
 from segkd.pipeline.data.readers import open_data
 from segkd.pipeline.data.sample import Role, with_role
@@ -171,4 +173,11 @@ def draw(output: Path, run: Sequence[str], networks: Sequence[tuple[str, Path]])
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (Interrupted, KeyboardInterrupt):
+        print("\nInterrupted. The same command goes on with what is left.", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)

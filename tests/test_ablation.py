@@ -185,7 +185,8 @@ def test_arms_of_one_seed_see_labelled_samples_in_one_order(cached: Path) -> Non
         ),
         (
             ["augment.photometric=1.0"],
-            "arms alone and alone-augmented are the same settings in this run file; leave one of them out",
+            "arms alone and alone-augmented are the same settings in this run file; "
+            "leave one of them out of ablate.ladder or ablate.arms",
         ),
         (
             ['ablate.arms.own.set=["train.stops=3"]'],
@@ -197,6 +198,15 @@ def test_arms_of_one_seed_see_labelled_samples_in_one_order(cached: Path) -> Non
             "leave role report as it is",
         ),
         (
+            ["ablate.arms.own.set=['data.lists={report = \"r.txt\"}']"],
+            "arm own: its settings: data.lists and data.folders both give roles; keep one of them",
+        ),
+        (
+            ["ablate.arms.own.set=['data.folders={}', 'data.lists={report = \"r.txt\"}']"],
+            "arm own: data.lists.report = 'r.txt' cannot be read (No such file or directory); "
+            "its path is relative to the working directory",
+        ),
+        (
             ['ablate.arms.own.set=["train.seed=5"]'],
             "arm own: train.seed is the sweep's, the same for all arms; set it in [ablate]",
         ),
@@ -206,7 +216,8 @@ def test_arms_of_one_seed_see_labelled_samples_in_one_order(cached: Path) -> Non
         ),
         (
             ['ablate.arms.own={like="zero", set=["train.batch_norm=\'labelled\'"]}'],
-            "arms zero and own are the same settings in this run file; leave one of them out",
+            "arms zero and own are the same settings in this run file; "
+            "leave one of them out of ablate.ladder or ablate.arms",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -400,3 +401,35 @@ def test_refusing_to_overwrite(done: Path, arguments: list[str], message: str) -
 
 def test_a_sample_that_the_data_does_not_have(done: Path, tmp_path: Path) -> None:
     fails(1, "the data has no sample 'a/9'; its first is 'b/0'", *("cache", "show", "-c", done, "a/9", "-o", tmp_path))
+
+
+# The demo
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "status", "said"),
+    [
+        (False, 2, "Error: no.toml: there is no such file; name an existing run file (.toml)\n"),
+        (True, 130, "\nInterrupted. The same command goes on with what is left.\n"),
+    ],
+)
+def test_the_demo_ends_as_its_commands_do(
+    interrupted: bool,
+    status: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """``examples/demo.py``: without a traceback."""
+
+    def interrupt(_file: object, _overrides: object) -> None:
+        raise KeyboardInterrupt
+
+    if interrupted:
+        monkeypatch.setattr("segkd.pipeline.config.load", interrupt)
+    monkeypatch.setattr("sys.argv", ["demo.py", "--config", "no.toml", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(Path(__file__).parents[1] / "examples" / "demo.py"), run_name="__main__")
+    assert ended.value.code == status
+    assert capsys.readouterr().err == said

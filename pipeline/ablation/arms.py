@@ -107,7 +107,7 @@ def _arm(name: str, like: str | None, changed: tuple[str, ...], tables: Mapping[
         for setting in changed:
             if (key := ".".join(parse_override(setting).key)) == "train.seed" or key.partition(".")[0] == "ablate":
                 raise ConfigError(f"{key} is the sweep's, the same for all arms; set it in [ablate]")
-        resolved = parse(RunConfig, tables, overrides=changed)
+        resolved = parse(RunConfig, tables, place="its settings", overrides=changed)
         knowledge = [kind for kind in resolved.knowledge.kinds() if kind.weight]
         if knowledge:
             check_knowledge(knowledge, resolved.train)
@@ -229,6 +229,7 @@ def _require_different(arms: Mapping[str, Arm]) -> None:
         key = json.dumps(everything, sort_keys=True)
         if key in seen:
             raise ConfigError(
-                f"arms {seen[key]} and {arm.name} are the same settings in this run file; leave one of them out"
+                f"arms {seen[key]} and {arm.name} are the same settings in this run file; "
+                "leave one of them out of ablate.ladder or ablate.arms"
             )
         seen[key] = arm.name

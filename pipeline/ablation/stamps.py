@@ -13,7 +13,7 @@ from segkd.pipeline.config import RunConfig
 from segkd.pipeline.data.contamination import Twins, find_twins, require_apart
 from segkd.pipeline.data.sample import SCORED, DataSource, Role, with_role
 from segkd.pipeline.student.leaks import beginnings, find_label_leaks
-from segkd.storage.errors import CheckpointError, ContaminationError, DataError
+from segkd.storage.errors import CheckpointError, ConfigError, ContaminationError, DataError
 
 
 def check_roles(run: RunConfig, arms: Collection[Arm], opened: Opened) -> Iterator[str]:
@@ -27,7 +27,10 @@ def check_roles(run: RunConfig, arms: Collection[Arm], opened: Opened) -> Iterat
     found: dict[tuple[int, bool], Twins] = {}
     of: dict[str, list[str]] = {}
     for arm in arms:
-        source, held = opened.data(arm.run)
+        try:
+            source, held = opened.data(arm.run)
+        except (ConfigError, DataError) as error:  # of the arm's own data: the run file's were opened before
+            raise type(error)(f"arm {arm.name}: {error}") from None
         drawn = arm.run.train.auxiliary > 0
         if (id(source), drawn) not in found:
             roles = (*SCORED, Role.TRAIN, *([Role.AUXILIARY] if drawn else []))
