@@ -215,12 +215,20 @@ def message(run: RunConfig, files: Files) -> str:
     )
 
 
+def by_another(run: RunConfig, files: Files, path: Path) -> str:
+    """The same of a checkpoint that has not learned the labels itself."""
+    assert run.teacher is not None
+    return message(run, files).replace(
+        run.teacher.reference, f"{path}, or a network that it began with or was taught by,"
+    )
+
+
 def test_labels_that_a_teacher_has_learned_are_found_by_pixels(leaking: RunConfig, files: Files) -> None:
     source = open_data(leaking.data)
     assert leaking.teacher is not None
     found = find_label_leaks(leaking.teacher.reference, source, read_contents(source, source.samples))
     by_id = {sample.id: sample for sample in source.samples}
-    assert found.leaks == (LabelLeak(by_id["b/1"], "a/0"), LabelLeak(by_id["d/0"], "a/1"))
+    assert found.leaks == (LabelLeak(by_id["b/1"], "a/0", itself=True), LabelLeak(by_id["d/0"], "a/1", itself=True))
     assert found.describe(source) == message(leaking, files)
 
 
@@ -260,11 +268,30 @@ def test_labels_that_were_learned_before_a_warm_start_are_followed(
         assert samples.labels_of.pixels() == [known[name].digest for name in ("a/0", "a/1")]
         found = find_label_leaks(path, source, known)
         assert [leak.sample.id for leak in found.leaks] == ["b/1", "d/0"]
-        assert found.describe(source) == message(leaking, files).replace(str(first), str(path))
+        assert found.describe(source) == by_another(leaking, files, path)
     assert [part.names() for part in checkpoint.load(second)[0].samples.labels_before] == [["a/0", "a/1"]]
     assert checkpoint.load(tmp_path / "third/last.safetensors")[0].samples.to_dict()["labels_before"] == 4
     # A run that began with a checkpoint goes on as the same run.
     train(begun, tmp_path / "second", distill=False, resume=True)
+
+
+def test_labels_that_a_teacher_s_teacher_has_learned_are_followed(
+    leaking: RunConfig, files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher_cache(leaking)
+    train(leaking, tmp_path / "student")
+    path = tmp_path / "student/last.safetensors"
+    source = open_data(leaking.data)
+    found = find_label_leaks(path, source, read_contents(source, source.samples))
+    assert [leak.sample.id for leak in found.leaks] == ["b/1", "d/0"]
+    assert found.describe(source) == by_another(leaking, files, path)
+    caplog.clear()
+    taught = changed(leaking, teacher={"reference": str(path)}, cache={"path": str(tmp_path / "next.zarr")})
+    teacher_cache(taught)
+    assert by_another(leaking, files, path) in caplog.messages
+    # On labels alone nothing of the teacher's is learned.
+    train(changed(leaking, train={"auxiliary": 0}), tmp_path / "plain", distill=False)
+    assert checkpoint.load(tmp_path / "plain/last.safetensors")[0].samples.labels_before == ()
 
 
 def test_what_a_network_has_learned_itself_is_found_whatever_it_began_with(
@@ -278,8 +305,8 @@ def test_what_a_network_has_learned_itself_is_found_whatever_it_began_with(
     with pytest.raises(CheckpointError) as caught:
         find_label_leaks(path, source, read_contents(source, source.samples))
     assert str(caught.value) == (
-        f"{path}: keeps no digests of a network that it began with, which was trained with data.compare_contents = "
-        '"off"; whether it has learned labels that it should not cannot be told'
+        f"{path}: keeps no digests of a network that it began with or was taught by, which was trained with "
+        'data.compare_contents = "off"; whether it has learned labels that it should not cannot be told'
     )
     put_copy(files, "a/1", "d/0")
     source = open_data(alone.data)

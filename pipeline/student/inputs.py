@@ -169,17 +169,18 @@ def _compare(
     """Holds what the run learns from against what it is scored on. Raises ContaminationError."""
     policy = run.data.compare_contents
     contents, contaminated = None, None
+    before = [*beginnings(student), *beginnings(run.teacher if distill else None)]
     if policy != "off":
         samples = (*learned, *with_role(source, *SCORED))
         contents = read_contents(source, samples, progress=progress)
         twins = find_twins(samples, contents)
         require_apart(twins, source, policy)
         contaminated = len(twins.contaminated)
-        warn_of_label_leaks((*beginnings(run.teacher if distill else None), *beginnings(student)), source, contents)
+        warn_of_label_leaks(before, source, contents)
     labelled, auxiliary = ([sample for sample in learned if sample.role is role] for role in LEARNED)
     return Seen(
         labels_of=SampleList.of(labelled, contents),
-        labels_before=labels_before(student),
+        labels_before=labels_before(before),
         images_of=SampleList.of(auxiliary, contents),
         selected_on=SampleList.of(select, contents),
         contaminated=contaminated,

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 HIDDEN = (Role.AUXILIARY, Role.SELECT, Role.REPORT)
 """Roles whose labels no network of an experiment may have learned from."""
+BEFORE = "began with or was taught by"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class LabelLeak:
     sample: Sample
     seen_as: str
     """Its id when the network was trained."""
+    itself: bool
+    """Whether that network is the checkpoint's own, and none before it."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ class LabelLeaks:
         """How many of which role, the first pair, what follows and what to do."""
         counts = Counter(leak.sample.role for leak in self.leaks)
         first, roles = self.leaks[0], ", ".join(f"{count:,} {role}" for role, count in counts.items())
+        others = "" if all(leak.itself for leak in self.leaks) else f", or a network that it {BEFORE},"
         return (
-            f"{self.checkpoint} was trained on the labels of {roles} samples of these data, the first "
+            f"{self.checkpoint}{others} was trained on the labels of {roles} samples of these data, the first "
             f"{describe_sample(first.sample, source)}, as {first.seen_as!r}: what it scores there, and what a student "
             "of it scores, proves nothing; take a network that has learned the labels of role train alone"
         )
@@ -57,20 +61,21 @@ def find_label_leaks(path: str | Path, source: DataSource, contents: Mapping[str
     """The samples of role auxiliary, select or report whose labels the checkpoint's network has learned from.
 
     Images are recognised by their pixels, whatever their ids, among those of ``contents``, which
-    :func:`segkd.pipeline.data.contents.read_contents` gives. Checkpoints that the network began with count, what it was
-    distilled from does not. Raises CheckpointError for a checkpoint that cannot be read, or that keeps no digests.
+    :func:`segkd.pipeline.data.contents.read_contents` gives. Checkpoints that the network began with or was taught by
+    count. Raises CheckpointError for a checkpoint that cannot be read, or that keeps no digests.
     """
     samples = checkpoint.load(path)[0].samples
-    seen: dict[bytes, str] = {}
+    seen: dict[bytes, tuple[str, bool]] = {}
     unknown = []
     for number, held in enumerate((samples.labels_of, *samples.labels_before)):
         digests = held.pixels()
         if digests is not None:
-            seen = dict(zip(digests, held.names(), strict=True)) | seen
+            itself = number == 0
+            seen = {digest: (name, itself) for digest, name in zip(digests, held.names(), strict=True)} | seen
         elif held.count:
-            unknown.append("of a network that it began with, which was" if number else "of its samples, being")
+            unknown.append(f"of a network that it {BEFORE}, which was" if number else "of its samples, being")
     hidden = (sample for sample in source.samples if sample.role in HIDDEN and sample.id in contents)
-    leaks = [LabelLeak(sample, seen[digest]) for sample in hidden if (digest := contents[sample.id].digest) in seen]
+    leaks = [LabelLeak(sample, *seen[digest]) for sample in hidden if (digest := contents[sample.id].digest) in seen]
     if unknown and not leaks:
         raise CheckpointError(
             f'{path}: keeps no digests {unknown[0]} trained with data.compare_contents = "off"; '
@@ -87,10 +92,10 @@ def beginnings(network: NetworkConfig | None) -> Iterator[Path]:
                 yield path
 
 
-def labels_before(network: NetworkConfig) -> tuple[SampleList, ...]:
-    """The samples whose labels have been learned by the checkpoints that a network begins with."""
-    before = [checkpoint.load(path)[0].samples for path in beginnings(network)]
-    return tuple(part for samples in before for part in (samples.labels_of, *samples.labels_before))
+def labels_before(paths: Iterable[Path]) -> tuple[SampleList, ...]:
+    """The samples whose labels these checkpoints have learned, or the networks before them."""
+    before = [checkpoint.load(path)[0].samples for path in paths]
+    return tuple(dict.fromkeys(part for samples in before for part in (samples.labels_of, *samples.labels_before)))
 
 
 def look_for_label_leaks(

@@ -67,7 +67,7 @@ def require_same(held: Description, now: Description, path: Path) -> None:
         if before.get(key) != after.get(key) and not is_harmless(key)
     ]
     differing += ["the classes"] if held.classes != now.classes else []
-    # What it began with is compared as a setting.
+    # What it began with and was taught by is compared as settings.
     samples = replace(now.samples, labels_before=held.samples.labels_before)
     differing += ["the samples (their lists, or what their images show)"] if held.samples != samples else []
     if differing:

@@ -68,7 +68,7 @@ class Seen:
     labels_of: SampleList = SampleList()
     """Role train: it has learned from their images and labels."""
     labels_before: tuple[SampleList, ...] = ()
-    """The same of the checkpoints that it began with, and of those that they began with; the latest first."""
+    """The same of the checkpoints that it began with or was taught by, and of those before them."""
     images_of: SampleList = SampleList()
     """Role auxiliary: it has learned from their images."""
     selected_on: SampleList = SampleList()
