@@ -369,3 +369,21 @@ def test_scored_images_whose_copies_may_be_missed(tmp_path: Path) -> None:
         "has hardly any contrast, and so have 2 more of role select or report: copies" in warning
         for warning in messages(check(folder(tmp_path)), "warning")
     )
+
+
+def test_images_to_learn_from_that_show_nothing(tmp_path: Path) -> None:
+    """As one of Cityscapes' train_extra does, which is black."""
+    for name, image in (("a", np.linspace(0, 255, 32 * 32 * 3)), ("black", np.zeros(32 * 32 * 3))):
+        put(tmp_path, f"val/{name}", np.zeros((32, 32)))
+        save(tmp_path / f"labels/train/{name}.png", np.zeros((32, 32)))
+        save(tmp_path / f"images/train/{name}.png", image.reshape(32, 32, 3))
+    expected = (
+        f"sample 'train/black' (train, {tmp_path}/images/train/black.png) shows one tone all over: what is learned of "
+        "it is nothing of a scene; see that the file is whole, or leave it out"
+    )
+    assert expected in messages(check(folder(tmp_path)), "warning")
+    save(tmp_path / "labels/train/white.png", np.zeros((32, 32)))
+    save(tmp_path / "images/train/white.png", np.full((32, 32, 3), 255))
+    assert expected.replace("all over:", "all over, and so do 1 more that are learned from:") in messages(
+        check(folder(tmp_path)), "warning"
+    )

@@ -99,6 +99,11 @@ def context(root: Path) -> None:
         labels(root, f"SegmentationClassContext/{stem}.png", 0, 1, 59, 2)
 
 
+def context_of_its_authors(root: Path) -> None:
+    context(root)
+    (root / "SegmentationClassContext").rename(root / "59_context_labels")
+
+
 def context_mat(root: Path) -> None:
     image(root, *(f"JPEGImages/2008_00000{number}.jpg" for number in range(3)))
     for split, stem in (("train", "2008_000000"), ("val", "2008_000001")):
@@ -124,6 +129,12 @@ def coco(root: Path, maps: str = "stuffthingmaps", images: str = "images/") -> N
     for split in ("train2017", "val2017"):
         image(root, f"{images}{split}/000000000009.jpg")
         labels(root, f"{maps}/{split}/000000000009.png", 0, 12, 181, 255)
+
+
+def coco_train_ids(root: Path) -> None:
+    for split in ("train2017", "val2017"):
+        image(root, f"images/{split}/000000000009.jpg")
+        labels(root, f"annotations/{split}/000000000009_labelTrainIds.png", 0, 11, 170, 255)
 
 
 def segnet(root: Path) -> None:
@@ -156,10 +167,12 @@ def camvid(root: Path) -> None:
 MINIATURES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "voc2012": ("voc2012", voc),
     "pascal_context": ("pascal_context", context),
+    "pascal_context, of its authors": ("pascal_context", context_of_its_authors),
     "pascal_context, MATLAB": ("pascal_context", context_mat),
     "cityscapes": ("cityscapes", cityscapes),
     "ade20k": ("ade20k", ade),
     "coco_stuff": ("coco_stuff", coco),
+    "coco_stuff, train ids": ("coco_stuff", coco_train_ids),
     "camvid, SegNet": ("camvid", segnet),
     "camvid, original": ("camvid", camvid),
 }
@@ -254,13 +267,14 @@ def test_voc_label_maps_that_were_saved_as_colours(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["trainaug", "train_aug"])
 @pytest.mark.parametrize("line", ["{}", "/JPEGImages/{}.jpg /SegmentationClassAug/{}.png"])
-def test_voc_with_sbd(tmp_path: Path, line: str) -> None:
+def test_voc_with_sbd(tmp_path: Path, line: str, name: str) -> None:
     voc(tmp_path)
     for stem in ("2007_000032", "2008_000002"):
         labels(tmp_path, f"SegmentationClassAug/{stem}.png", 5, 6)
     lists = tmp_path / "ImageSets/Segmentation"
-    lines(lists / "trainaug.txt", *(line.format(stem, stem) for stem in ("2007_000032", "2008_000002")))
+    lines(lists / f"{name}.txt", *(line.format(stem, stem) for stem in ("2007_000032", "2008_000002")))
     source = open_data(reader("voc2012", tmp_path))
     assert roles(source) == {"2007_000032": "train", "2008_000002": "train", "2007_000033": "report"}
     # The official map of an image that both annotate.
@@ -268,16 +282,24 @@ def test_voc_with_sbd(tmp_path: Path, line: str) -> None:
     assert row(source, "2008_000002") == [5, 6, 6, 6]
 
 
-_SBD = ("SegmentationClassAug", "ImageSets/Segmentation/trainaug.txt")
+_SBD_LISTS = "ImageSets/Segmentation/trainaug.txt", "ImageSets/Segmentation/train_aug.txt"
 
 
-@pytest.mark.parametrize(("there", "gone"), [_SBD, _SBD[::-1]])
+@pytest.mark.parametrize(
+    ("there", "gone"),
+    [
+        ("SegmentationClassAug", " or ".join(_SBD_LISTS)),
+        (_SBD_LISTS[0], "SegmentationClassAug"),
+        (_SBD_LISTS[1], "SegmentationClassAug"),
+    ],
+)
 def test_voc_with_one_half_of_sbd(tmp_path: Path, there: str, gone: str) -> None:
     """1,464 images are not taken for 10,582 in silence, because the list has another name say."""
     voc(tmp_path)
-    labels(tmp_path, "SegmentationClassAug/2008_000002.png", 5, 6)
-    lines(tmp_path / "ImageSets/Segmentation/trainaug.txt", "2008_000002")
-    (tmp_path / gone).rename(tmp_path / "elsewhere")
+    if there in _SBD_LISTS:
+        lines(tmp_path / there, "2008_000002")
+    else:
+        labels(tmp_path, "SegmentationClassAug/2008_000002.png", 5, 6)
     refused(
         reader("voc2012", tmp_path),
         f"{tmp_path}: {there} is there and {gone} is not, so it is unknown whether SBD's 10,582 images or the official "
@@ -288,9 +310,22 @@ def test_voc_with_one_half_of_sbd(tmp_path: Path, there: str, gone: str) -> None
 def test_voc_with_a_list_of_ones_own(tmp_path: Path) -> None:
     voc(tmp_path)
     labels(tmp_path, "SegmentationClassAug/2008_000002.png", 5, 6)
-    lines(tmp_path / "train_aug.txt", "2008_000002")
-    source = open_data(reader("voc2012", tmp_path, lists={"train": str(tmp_path / "train_aug.txt")}))
-    assert roles(source) == {"2008_000002": "train"}
+    lines(tmp_path / "mine.txt", "2008_000002", "JPEGImages/2007_000032.jpg SegmentationClass/2007_000032.png")
+    lines(tmp_path / "others.txt", "/JPEGImages/2009_000001.jpg /SegmentationClassAug/2009_000001.png")
+    lists = {"train": str(tmp_path / "mine.txt"), "auxiliary": str(tmp_path / "others.txt")}
+    source = open_data(reader("voc2012", tmp_path, lists=lists))
+    assert roles(source) == {"2008_000002": "train", "2007_000032": "train", "2009_000001": "auxiliary"}
+
+
+def test_another_year_s_images_are_not_taken_for_2012_s(tmp_path: Path) -> None:
+    """All years are laid out alike, and 2007 comes first."""
+    for year in (2007, 2010, 2012):
+        voc(tmp_path / f"VOCdevkit/VOC{year}")
+    right = tmp_path / "VOCdevkit/VOC2012"
+    assert parse(DataConfig, tomllib.loads(draft(tmp_path))["data"]).root == str(right)
+    other = tmp_path / "VOCdevkit/VOC2007"
+    looked_for = VOC.replace("none of it", "all of it, but VOC2007 is another data set")
+    refused(reader("voc2012", other), f'{other}: {looked_for}; set data.root = "{right}", where it is')
 
 
 def test_official_lists_of_images_that_are_not_there(tmp_path: Path) -> None:
@@ -329,6 +364,17 @@ def test_context_png(tmp_path: Path) -> None:
     assert row(source, "2008_000000") == [0, 1, 59, 2]
 
 
+def test_context_png_of_its_authors_has_an_order_of_its_own(tmp_path: Path) -> None:
+    """VOC's 20 classes first: 1 and 59 are the same in both orders, so they show nothing."""
+    context_of_its_authors(tmp_path)
+    labels(tmp_path, "59_context_labels/2008_000000.png", 0, 2, 15, 21)
+    source = open_data(reader("pascal_context", tmp_path))
+    assert [source.classes.names[index] for index in row(source, "2008_000000")[1:]] == ["bicycle", "person", "bag"]
+    _, authors, _ = LAYOUTS["pascal_context"]
+    assert sorted(set(authors.meaning.values()) - {"ignore"}) == list(authors.classes)
+    assert (authors.meaning[11], authors.meaning[28], authors.meaning[52]) == ("table", "cloth", "bedclothes")
+
+
 def test_context_maps_that_were_reduced_already(tmp_path: Path) -> None:
     context(tmp_path)
     labels(tmp_path, "SegmentationClassContext/2008_000000.png", 0, 58, 255)
@@ -355,11 +401,11 @@ def test_context_mat_counts_from_one(tmp_path: Path) -> None:
     ("name", "number"), [("bag", 9), ("cat", 65), ("person", 284), ("pottedplant", 308), ("sky", 360), ("table", 397)]
 )
 def test_context_numbers_of_labels(name: str, number: int) -> None:
-    assert LAYOUTS["pascal_context"][1].meaning[number] == name
+    assert LAYOUTS["pascal_context"][2].meaning[number] == name
 
 
 def test_context_names_stand_in_the_order_of_both_lists() -> None:
-    png, mat = LAYOUTS["pascal_context"]
+    png, _, mat = LAYOUTS["pascal_context"]
     names = list(png.classes)
     assert names == sorted(names) == [mat.meaning[number] for number in range(460) if mat.meaning[number] in names]
     assert [png.meaning[value] for value in range(1, 60)] == names
@@ -547,8 +593,18 @@ def test_coco(tmp_path: Path, maps: str, images: str) -> None:
     ],
 )
 def test_coco_ids_have_gaps(value: int, index: int, name: str) -> None:
-    (layout,) = LAYOUTS["coco_stuff"]
+    layout, _ = LAYOUTS["coco_stuff"]
     assert layout.meaning[value] == name == list(layout.classes)[index]
+
+
+def test_coco_train_ids_have_none(tmp_path: Path) -> None:
+    coco_train_ids(tmp_path)
+    source = open_data(reader("coco_stuff", tmp_path))
+    assert roles(source) == {"train2017/000000000009": "train", "val2017/000000000009": "report"}
+    assert row(source, "train2017/000000000009") == [0, 11, 170, 255]
+    by_ids, by_train_ids = LAYOUTS["coco_stuff"]
+    assert by_ids.classes == by_train_ids.classes
+    assert (by_train_ids.meaning[11], by_train_ids.meaning[170]) == ("stop sign", "wood")
 
 
 def test_coco_maps_without_gaps(tmp_path: Path) -> None:

@@ -417,6 +417,10 @@ def test_pairs_that_cannot_be_used(tmp_path: Path) -> None:
         f"{file}, line 1: there is no file {tmp_path}/x/b.png (and 1 more: run `segkd data check`)",
     )
     refused(
+        listed(tmp_path, train=write(file, "a.jpg a.png")),
+        f"{file}, line 1: there is no file {tmp_path}/a.jpg a.png; put a tab or a comma between image and label map",
+    )
+    refused(
         listed(tmp_path, train=write(file, "a.jpg")),
         f"{tmp_path}/a.jpg: no label map of its name in its line of the list; a sample of role train needs one, "
         "one of role auxiliary does not",

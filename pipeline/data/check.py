@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -139,6 +139,7 @@ def check(config: DataConfig, *, progress: Progress = SILENT) -> DataReport:
             *_unmapped(found.label_map, names, seen.unmapped),
             *_turned(seen.turned, source),
             *(_in_two_roles(config, source, seen.contents) if config.compare_contents != "off" else ()),
+            *_blank(with_role(source, *LEARNED), seen.contents, source),
             *_warnings(samples, names, seen.pixels),
         ),
     )
@@ -232,6 +233,18 @@ def _in_two_roles(config: DataConfig, source: DataSource, contents: dict[str, Co
             "warning",
             f"{describe_sample(faint[0], source)} has hardly any contrast{more}: "
             "copies of it are found where all pixels are equal, not where they are re-encoded or scaled",
+        )
+
+
+def _blank(samples: Sequence[Sample], contents: Mapping[str, Content], source: DataSource) -> Iterator[Complaint]:
+    """Images of one tone all over: broken files are often black, and a teacher has an opinion of them, too."""
+    found = [sample for sample in samples if sample.id in contents and len(set(contents[sample.id].tones)) == 1]
+    if found:
+        more = f", and so do {len(found) - 1:,} more that are learned from" if len(found) > 1 else ""
+        yield Complaint(
+            "warning",
+            f"{describe_sample(found[0], source)} shows one tone all over{more}: what is learned of it is nothing of a "
+            "scene; see that the file is whole, or leave it out",
         )
 
 

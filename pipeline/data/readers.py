@@ -163,7 +163,8 @@ def _listed(config: DataConfig, complaints: list[Complaint]) -> tuple[Files, dic
             )
         paths = [PurePosixPath(inside(part, line.place)) for part in parts if part]
         missing = [path for path in paths if path.name not in present(path.parent)]
-        complaints += [Complaint("error", f"{line.place}: there is no file {root / path}") for path in missing]
+        hint = "; put a tab or a comma between image and label map" if len(parts) == 1 and " " in parts[0] else ""
+        complaints += [Complaint("error", f"{line.place}: there is no file {root / path}{hint}") for path in missing]
         if missing:
             continue
         sample_id = str(paths[0].with_suffix(""))
@@ -176,7 +177,7 @@ def _listed(config: DataConfig, complaints: list[Complaint]) -> tuple[Files, dic
 
 def _roles(config: DataConfig, files: Files, layout: Layout | None, complaints: list[Complaint]) -> dict[str, Role]:
     if config.lists:
-        return by_lines(_named(config, files, complaints))
+        return by_lines(_named(config, files, layout, complaints))
     if config.folders:
         return by_folders(config.folders, files.images)
     if layout is None:
@@ -209,12 +210,19 @@ def _official(config: DataConfig, files: Files, layout: Layout, complaints: list
     return {sample_id: role for sample_id, role in files.roles.items() if sample_id in files.images}
 
 
-def _named(config: DataConfig, files: Files, complaints: list[Complaint]) -> Iterator[tuple[str, Line]]:
-    """The samples that list files name, by id or by the image's name; unknown ones become complaints."""
+def _named(
+    config: DataConfig, files: Files, layout: Layout | None, complaints: list[Complaint]
+) -> Iterator[tuple[str, Line]]:
+    """The samples that list files name, by id or by the image's name; unknown ones become complaints.
+
+    Of published data sets, whose names hold no spaces, the field's lists name an image and its label map in a line, as
+    if from the root of a disk; the image is what is looked for.
+    """
     naming = Naming(config.image_suffix, images.IMAGE_EXTENSIONS)
     by_name = {name: sample_id for sample_id, name in files.images.items()}
     for line in lines_of(config.lists):
-        name = inside(line.text, line.place)
+        text = line.text if layout is None else line.text.split()[0].lstrip("/")
+        name = inside(text, line.place)
         sample_id = name if name in files.images else by_name.get(name, naming.stem(name))
         if sample_id is not None and sample_id in files.images:
             yield sample_id, line

@@ -11,7 +11,7 @@ from segkd.pipeline.settings import relative_to_here
 from segkd.storage.errors import DataError
 
 _LEVELS = 2
-"""How far above and below a wrong root the right one is looked for."""
+"""How far above and below a wrong root the right one is looked for; beside it, too."""
 _MOST_FOLDERS = 40
 """More folders than this beside each other are the data's own."""
 
@@ -43,7 +43,7 @@ def below(root: Path) -> Iterator[Path]:
 
 
 def _edition(reader: str, root: Path) -> Layout | None:
-    return next((layout for layout in LAYOUTS[reader] if not layout.missing(root)), None)
+    return next((layout for layout in LAYOUTS[reader] if not (layout.missing(root) or layout.is_another(root))), None)
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -60,12 +60,15 @@ def _not_there(reader: str, root: Path) -> str:
     for layout in LAYOUTS[reader]:
         missing = layout.missing(root)
         found = "none of it" if len(missing) == len(layout.expects) else f"all but {' and '.join(missing)}"
+        if layout.is_another(root):
+            found = f"all of it, but {root.resolve().name} is another data set" if not missing else found
         told.append(f"{' and '.join(layout.expects)}: found {found}")
     return f"{root}: is not laid out as reader '{reader}' needs it; looked for {'; or for '.join(told)}"
 
 
 def _remedy(reader: str, root: Path) -> str:
-    close = [*list(below(root))[1:], *list(root.resolve().parents)[:_LEVELS]]
+    above = list(root.resolve().parents)[:_LEVELS]
+    close = [*list(below(root))[1:], *above, *(_folders(above[0]) if above else ())]
     right = next((folder for folder in close if _edition(reader, folder)), None)
     if right is not None:
         return f'set data.root = "{right}", where it is'

@@ -1,12 +1,14 @@
 """COCO-Stuff on the 164k images of COCO 2017: the label maps of ``stuffthingmaps``.
 
-Ids run from 0 to 181 with eleven gaps, things that COCO never annotated; 255 is unlabelled. Maps that someone has
-brought to 0 to 170 without gaps (``_labelTrainIds``) are not read, and where they go by the official names their first
-value in a gap is an error.
+Ids run from 0 to 181 with eleven gaps, things that COCO never annotated; 255 is unlabelled. Maps that the field's tools
+have brought to 0 to 170 without gaps, ``*_labelTrainIds.png``, are read where there are no others; where they go by the
+official names their first value in a gap is an error.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from segkd.pipeline.data.layouts.layout import (
@@ -42,35 +44,48 @@ _SPLITS = {"train2017": Role.TRAIN, "val2017": Role.REPORT}
 _MAPS = ("stuffthingmaps", "stuffthingmaps_trainval2017", "annotations")
 
 
-def _find(root: Path) -> Files:
+_IDS, _TRAIN_IDS = "[0-9]", "_labelTrainIds"
+"""What the names of label maps end with, before ``.png``: as globs."""
+
+
+def _expects(tail: str) -> tuple[str, str]:
+    return (
+        "images/train2017 or images/val2017 or train2017 or val2017",
+        " or ".join(f"{name}/{split}/*{tail}.png" for name in _MAPS for split in _SPLITS),
+    )
+
+
+def _find(root: Path, *, suffix: str = "") -> Files:
     images: dict[str, str] = {}
     labels: dict[str, str] = {}
     maps = first_folder(root, *(f"{name}/{split}" for name in _MAPS for split in _SPLITS)).split("/")[0]
     for split in _SPLITS:
         images |= images_in(root, first_folder(root, f"images/{split}", split), prefix=f"{split}/")
-        labels |= labels_in(root, f"{maps}/{split}", prefix=f"{split}/")
+        labels |= labels_in(root, f"{maps}/{split}", suffix, prefix=f"{split}/")
     return Files(
         images=images,
-        labels={sample: name for sample, name in labels.items() if not sample.endswith("_labelTrainIds")},
+        labels={sample: name for sample, name in labels.items() if not sample.endswith(_TRAIN_IDS)},
         labels_place=str(root / maps),
         roles=roles_of_folders(images, _SPLITS),
         roles_told="train is train2017, report is val2017",
     )
 
 
-COCO_STUFF = (
-    Layout(
-        title="COCO-Stuff 164k",
-        expects=(
-            "images/train2017 or images/val2017 or train2017 or val2017",
-            " or ".join(f"{name}/{split}" for name in _MAPS for split in _SPLITS),
-        ),
-        find=_find,
-        # No colours are customary; these differ, and none is black.
-        classes={name: voc_colour(index) for index, name in enumerate(_NAMES, start=1)},
-        meaning={
-            **dict(zip((value for value in range(182) if value not in _GAPS), _NAMES, strict=True)),
-            IGNORE: IGNORED,
-        },
-    ),
+_BY_IDS = Layout(
+    title="COCO-Stuff 164k",
+    expects=_expects(_IDS),
+    find=_find,
+    # No colours are customary; these differ, and none is black.
+    classes={name: voc_colour(index) for index, name in enumerate(_NAMES, start=1)},
+    meaning={
+        **dict(zip((value for value in range(182) if value not in _GAPS), _NAMES, strict=True)),
+        IGNORE: IGNORED,
+    },
 )
+_BY_TRAIN_IDS = replace(
+    _BY_IDS,
+    expects=_expects(_TRAIN_IDS),
+    find=partial(_find, suffix=_TRAIN_IDS),
+    meaning={**dict(enumerate(_NAMES)), IGNORE: IGNORED},
+)
+COCO_STUFF = (_BY_IDS, _BY_TRAIN_IDS)

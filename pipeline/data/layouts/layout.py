@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -56,10 +57,16 @@ class Layout:
     background_colour: Colour = (0, 0, 0)
     group: str = ".*"
     """A regular expression that finds a sample's group in its id: all of it for photographs, which are not related."""
+    not_called: str = ""
+    """A regular expression of the names that a folder of another data set of this layout customarily has."""
 
     def missing(self, root: Path) -> list[str]:
         """What is expected but not there."""
         return [item for item in self.expects if not any(_exists(root, glob) for glob in item.split(" or "))]
+
+    def is_another(self, root: Path) -> bool:
+        """Whether the folder's name says that it holds another data set."""
+        return self.not_called != "" and re.fullmatch(self.not_called, root.resolve().name) is not None
 
 
 def between_commas(text: str) -> tuple[str, ...]:

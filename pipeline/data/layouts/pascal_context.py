@@ -1,13 +1,15 @@
 """Pascal Context: VOC 2010's images with the 59 customary classes of its 459 labels.
 
-Two editions. PNG label maps hold 0 for everything else and 1 to 59 for the classes in alphabetical order, as the tools
-that make them do; maps that someone has brought to 0 to 58 have 255 for ignore, which those have not. The original
-MATLAB files hold the numbers of the 459 labels, which begin with 1.
+Three editions. PNG label maps hold 0 for everything else and 1 to 59 for the classes: in alphabetical order where the
+field's tools have made them, VOC's 20 before the others in those that the authors of the labels give away themselves
+(``59_context_labels``, with ``59_labels.txt``). Maps that someone has brought to 0 to 58 have 255 for ignore, which
+those have not. The original MATLAB files hold the numbers of the 459 labels, which begin with 1.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from segkd.pipeline.data.layouts.ade_colours import ADE_COLOURS
@@ -40,13 +42,21 @@ _LABELS = {
 }
 """Class -> its number among the 459 labels."""
 _ALL_LABELS = range(1, 460)
+_AUTHORS_ORDER = between_commas(
+    "aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,table,dog,horse,motorbike,person,pottedplant,sheep,sofa,"
+    "train,tvmonitor,bag,bed,bench,book,building,cabinet,ceiling,cloth,computer,cup,door,fence,floor,flower,food,grass,"
+    "ground,keyboard,light,mountain,mouse,curtain,platform,sign,plate,road,rock,shelves,sidewalk,sky,snow,bedclothes,"
+    "track,tree,truck,wall,water,window,wood"
+)
+"""They call three of them diningtable, clothes and bedcloth."""
 
 
 def _find(root: Path, labels: dict[str, str], place: str) -> Files:
     roles: dict[str, Role] = {}
     told = []
     for role, split in ((Role.TRAIN, "train"), (Role.REPORT, "val")):
-        # VOC 2010's own lists for detection name the same 4,998 and 5,105 images.
+        # VOC 2010's own lists, for detection, name 4,998 and 5,105 images; those that the field's tools make name two
+        # and one less.
         lists = (f"ImageSets/SegmentationContext/{split}.txt", f"ImageSets/Main/{split}.txt")
         found, words = roles_of_list(root, role, *lists)
         roles |= found
@@ -54,8 +64,8 @@ def _find(root: Path, labels: dict[str, str], place: str) -> Files:
     return Files(images_in(root, "JPEGImages"), labels, str(root / place), roles, ", ".join(told))
 
 
-def _find_png(root: Path) -> Files:
-    return _find(root, labels_in(root, "SegmentationClassContext"), "SegmentationClassContext")
+def _find_png(root: Path, *, place: str) -> Files:
+    return _find(root, labels_in(root, place), place)
 
 
 def _find_mat(root: Path) -> Files:
@@ -67,12 +77,19 @@ def _find_mat(root: Path) -> Files:
 _PNG = Layout(
     title="Pascal Context (PNG)",
     expects=("JPEGImages", "SegmentationClassContext"),
-    find=_find_png,
+    find=partial(_find_png, place="SegmentationClassContext"),
     # Customary are the first of ADE20K's colours, the very first one being the background's.
     classes=dict(zip(_LABELS, ADE_COLOURS[1:], strict=False)),
     meaning={0: IGNORED, **dict(enumerate(_LABELS, start=1))},
     background=(0,),
     background_colour=ADE_COLOURS[0],
+)
+_AUTHORS = replace(
+    _PNG,
+    title="Pascal Context (PNG of its authors)",
+    expects=("JPEGImages", "59_context_labels"),
+    find=partial(_find_png, place="59_context_labels"),
+    meaning={0: IGNORED, **dict(enumerate(_AUTHORS_ORDER, start=1))},
 )
 _MAT = replace(
     _PNG,
@@ -83,4 +100,4 @@ _MAT = replace(
     meaning={0: IGNORED, **dict.fromkeys(_ALL_LABELS, IGNORED), **{code: name for name, code in _LABELS.items()}},
     background=tuple(sorted(set(_ALL_LABELS) - set(_LABELS.values()))),
 )
-PASCAL_CONTEXT = (_PNG, _MAT)
+PASCAL_CONTEXT = (_PNG, _AUTHORS, _MAT)

@@ -21,12 +21,8 @@ from segkd.pipeline.data.layouts.layout import (
 from segkd.pipeline.data.sample import IGNORE, Role
 
 _LISTS = "ImageSets/Segmentation"
-_SBD_LIST = f"{_LISTS}/trainaug.txt"
-_SBD = ("SegmentationClassAug", _SBD_LIST)
-_HALF_OF_SBD = (
-    "{0} is there and {1} is not, so it is unknown whether SBD's 10,582 images or the official 1,464 are to be trained "
-    "on; add {1}, remove {0}, or give all roles by data.lists"
-)
+_SBD_LISTS = f"{_LISTS}/trainaug.txt", f"{_LISTS}/train_aug.txt"
+_SBD = "SegmentationClassAug"
 _NAMES = between_commas(
     "background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,"
     "pottedplant,sheep,sofa,train,tvmonitor"
@@ -34,19 +30,27 @@ _NAMES = between_commas(
 
 
 def _find(root: Path) -> Files:
-    added = labels_in(root, "SegmentationClassAug")
+    added = labels_in(root, _SBD)
     # The official map wins: SBD's edition of the same image has no border, and other outlines.
     labels = added | labels_in(root, "SegmentationClass")
-    listed = (root / _SBD_LIST).is_file()
-    train, train_told = roles_of_list(root, Role.TRAIN, _SBD_LIST if added and listed else f"{_LISTS}/train.txt")
+    listed = next((name for name in _SBD_LISTS if (root / name).is_file()), None)
+    train, train_told = roles_of_list(root, Role.TRAIN, listed if added and listed else f"{_LISTS}/train.txt")
     report, report_told = roles_of_list(root, Role.REPORT, f"{_LISTS}/val.txt")
     return Files(
         images=images_in(root, "JPEGImages"),
         labels=labels,
-        labels_place=str(root / "SegmentationClass") + (" and SegmentationClassAug" if added else ""),
+        labels_place=str(root / "SegmentationClass") + (f" and {_SBD}" if added else ""),
         roles=train | report,
         roles_told=f"{train_told}, {report_told}",
-        roles_doubted="" if bool(added) == listed else _HALF_OF_SBD.format(*(_SBD if added else reversed(_SBD))),
+        roles_doubted="" if bool(added) == bool(listed) else _half_of_sbd(listed),
+    )
+
+
+def _half_of_sbd(listed: str | None) -> str:
+    there, gone = (_SBD, " or ".join(_SBD_LISTS)) if listed is None else (listed, _SBD)
+    return (
+        f"{there} is there and {gone} is not, so it is unknown whether SBD's 10,582 images or the official 1,464 are "
+        f"to be trained on; add {gone}, remove {there}, or give all roles by data.lists"
     )
 
 
@@ -55,6 +59,7 @@ VOC2012 = (
         title="Pascal VOC 2012",
         expects=("JPEGImages", "SegmentationClass", _LISTS),
         find=_find,
+        not_called=r"VOC20(0\d|10|11)",
         classes={name: voc_colour(index) for index, name in enumerate(_NAMES)},
         meaning={**dict(enumerate(_NAMES)), IGNORE: IGNORED},
     ),
