@@ -143,6 +143,20 @@ def test_no_crops_are_exactly_zero() -> None:
     assert (loss.item(), gradient.shape) == (0, logits_NChw.shape)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_pixels_whose_label_weighs_nothing_count_for_nothing(smoothing: float) -> None:
+    """As if they were ignored; a batch of nothing else is exactly 0, whatever it is divided by."""
+    logits_NChw, mapping, labels_NHW, *_ = EXAMPLE
+    weights_C = torch.tensor([0.0, 1.0, 2.0])
+    given = summed_cross_entropy(logits_NChw, mapping, labels_NHW, weights_C, smoothing)
+    ignored = labels_NHW.masked_fill(labels_NHW == 0, IGNORE)
+    assert given == summed_cross_entropy(logits_NChw, mapping, ignored, weights_C, smoothing)
+    logits_NChw = logits_NChw.clone().requires_grad_()
+    loss = summed_cross_entropy(logits_NChw, mapping, torch.zeros_like(labels_NHW), weights_C, smoothing)
+    (gradient,) = torch.autograd.grad(loss, logits_NChw)
+    assert (loss.item(), gradient.count_nonzero().item()) == (0, 0)
+
+
 def test_a_class_that_is_impossible() -> None:
     """Its logit is -inf: nothing where another class is right or nothing counts, infinite where it is right."""
     logits_NChw = torch.zeros(1, 3, 1, 1)

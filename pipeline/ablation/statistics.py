@@ -106,9 +106,16 @@ def draw_blocks(blocks: int, resamples: int, seed: int = 0) -> npt.NDArray[np.in
 
 
 def resampled_miou(tallies_N3C: Floats, blocks: Sequence[Sequence[int]], draws_RB: npt.NDArray[np.int64]) -> Floats:
-    """R: the mIoU of each resample of the blocks, from its own confusion matrix."""
+    """R: the mIoU of each resample of the blocks, from its own confusion matrix.
+
+    A class whose labels are in none of the blocks drawn is left out of it, whoever predicts it there: labels are the
+    same for all arms, a few stray pixels are not, and would be an IoU of 0 for some arms and of nothing for others.
+    """
     tallies_B3C = np.stack([tallies_N3C[list(block)].sum(0) for block in blocks])
-    return miou(np.einsum("rb,bkc->rkc", draws_RB.astype(np.float64), tallies_B3C, optimize=True))
+    tallies_R3C = np.einsum("rb,bkc->rkc", draws_RB.astype(np.float64), tallies_B3C, optimize=True)
+    missed_RC = (tallies_R3C[:, 1] == 0) & (tallies_N3C[:, 1].sum(0) > 0)
+    tallies_R3C[:, 2][missed_RC] = 0
+    return miou(tallies_R3C)
 
 
 def bootstrap(
@@ -117,8 +124,8 @@ def bootstrap(
     """The percentile interval over images of the difference in mIoU of two arms, a mean over paired seeds.
 
     ``later`` and ``earlier`` have tallies N,3,C of each seed over the same images, of which both take the same
-    resamples. Blocks, not images, are drawn, because consecutive frames are nearly the same image (Künsch 1989). None
-    for fewer than two blocks.
+    resamples. Blocks, not images, are drawn, because consecutive frames are nearly the same image (fixed blocks, as
+    Carlstein 1986 has them). None for fewer than two blocks.
     """
     blocks = blocks_of(groups, block)
     if len(blocks) < 2:

@@ -29,10 +29,11 @@ def summed_cross_entropy(
     """``F.cross_entropy(to_pixels(logits), labels, class_weights, reduction="sum", label_smoothing=…)``, float32.
 
     ``mapping`` places the logits' grid in the H,W pixels; pixels labelled :data:`IGNORE` count for nothing, and any
-    other label must be less than C. Pixels are gone through band by band, and what a band's loss does to the logits is
-    found along with it: of the softmax that is the gradient with respect to a band's logits (softmax minus labels,
-    each pixel weighted), and bringing logits to pixels is linear. So besides the logits' own gradient only a band is
-    in memory, and the columns of its crops, where autograd keeps several tensors of N,C,H,W.
+    other label must be less than C. Nor do pixels whose label weighs 0; of these torch counts the smoothing. Pixels are
+    gone through band by band, and what a band's loss does to the logits is found along with it: of the softmax that is
+    the gradient with respect to a band's logits (softmax minus labels, each pixel weighted), and bringing logits to
+    pixels is linear. So besides the logits' own gradient only a band is in memory, and the columns of its crops, where
+    autograd keeps several tensors of N,C,H,W.
 
     Not differentiable twice, nor with respect to the weights: RuntimeError in backward with ``create_graph``.
     """
@@ -100,6 +101,7 @@ def _of_band(logits_tkCW: Tensor, labels_tkW: Tensor, weights_C: Tensor, smoothi
     """
     valid_tkW = labels_tkW != IGNORE
     labels_tkW = labels_tkW.masked_fill(~valid_tkW, 0)
+    valid_tkW &= weights_C[labels_tkW] > 0
     shared_C1 = (smoothing / len(weights_C) * weights_C)[:, None]
     label_tkW = torch.where(valid_tkW, (1 - smoothing) * weights_C[labels_tkW], 0)
     mass_tkW = label_tkW + shared_C1.sum() * valid_tkW

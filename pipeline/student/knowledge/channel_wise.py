@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from segkd.pipeline.evidence import Evidence
 from segkd.pipeline.student.knowledge.base import Cells, Knowledge, Need
+from segkd.storage.coding_exact import LOWEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class ChannelWise(Knowledge):
     softmax(log-probability / T) over the valid cells of a crop. It needs a cache of profile "exact".
 
     The authors compare logits. The cache has log-probabilities, so both sides are log-probabilities here: logits, less
-    in each cell what all of its classes share.
+    in each cell what all of its classes share. (They take T = 4 and weigh the term by 3.)
     """
 
     name: ClassVar[str] = "channel_wise"
@@ -42,7 +43,9 @@ class ChannelWise(Knowledge):
 
     def crop_values(self, logits_SChw: Tensor, teacher: Mapping[str, Tensor], cells: Cells) -> Tensor:
         student_SChw = _log_shares(logits_SChw.log_softmax(1) / self.temperature, cells)
-        teacher_SChw = _log_shares(teacher["soft"] / self.temperature, cells).exp()
+        # What the teacher rules out is kept as a finite number, in which cells differ by nothing that the teacher said.
+        soft_SChw = teacher["soft"].masked_fill(teacher["soft"] <= LOWEST, -torch.inf)
+        teacher_SChw = _log_shares(soft_SChw / self.temperature, cells).exp()
         divergence_NC = cells.sums(F.kl_div(student_SChw, teacher_SChw, reduction="none"))
         return self.temperature**2 * divergence_NC.mean(1)
 

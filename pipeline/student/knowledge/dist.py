@@ -16,15 +16,17 @@ from segkd.pipeline.evidence import Evidence
 from segkd.pipeline.student.knowledge.base import Cells, Knowledge, Need
 from segkd.storage.errors import ConfigError
 
-EPSILON = 1e-4
-"""Standard deviation of probabilities below which they are as good as constant, and have no correlation to learn."""
+EPSILON = 1e-3
+"""Standard deviation of probabilities below which they are as good as constant, and have no correlation to learn: a
+cache's bound of 1e-3 nats leaves probabilities below about 1e-3 free, whose correlations would be those of rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dist(Knowledge):
     """DIST (Huang et al., 2022): T^2 (inter (1 - r) + intra (1 - r')), with Pearson's correlations of student's and
     teacher's probabilities: r over the classes of a cell, mean over the valid cells of a crop; r' over the valid cells
-    of a crop for a class, mean over the classes.
+    of a crop for a class, mean over the classes. (In the authors' code for segmentation r' is over the cells of all
+    crops of a batch together, and T is 1.)
     """
 
     name: ClassVar[str] = "dist"
