@@ -43,7 +43,11 @@ logger = logging.getLogger("segkd")
     help="What a loaded teacher sees: the whole image, as it did when the cache was written, or the student's crop.  "
     "[default with --teacher: image]",
 )
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint as if nothing had happened.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the last checkpoint as if nothing had happened; paths, device, threads and workers may differ.",
+)
 @overwrite_option
 @run_options()
 @json_option

@@ -739,3 +739,11 @@ def test_check_complains_of_a_wrong_root(tmp_path: Path) -> None:
     assert [complaint.message for complaint in report.complaints] == [
         f'{tmp_path}: {VOC}; set data.root = "{tmp_path}/VOC2012", where it is'
     ]
+
+
+def test_the_docs_name_all_classes_in_their_order() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    section = " ".join(text.partition("## Class names, in channel order")[2].partition("\n## ")[0].split())
+    for name, editions in LAYOUTS.items():
+        for layout in editions:
+            assert f"- **`{name}`** ({len(layout.classes)}): {', '.join(layout.classes)}." in section

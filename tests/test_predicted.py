@@ -459,7 +459,7 @@ def test_zarr_reads_the_numbers_that_the_page_restores(
     path, codes = cache
     array = zarr.open_array(path / "generations/0/soft", mode="r")
     assert array.dtype == np.int8
-    first, second = PAGE.split("### Ten lines")[1].split("```python\n")[1:3]
+    first, second = PAGE.split("### A sample in a few lines")[1].split("```python\n")[1:3]
     begun, found = first.split("```")[0].splitlines()[:-6], dict[str, Any]()
     monkeypatch.chdir(path.parent)
     exec("\n".join([*begun, second.split("```")[0]]), found)
