@@ -46,7 +46,8 @@ logger = logging.getLogger("segkd")
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on from the last checkpoint as if nothing had happened; paths, device, threads and workers may differ.",
+    help="Go on from the last checkpoint as if nothing had happened. The data's root, the cache's path, the device and "
+    "the number of workers may differ.",
 )
 @overwrite_option
 @run_options()

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import numpy.typing as npt
 
@@ -178,6 +177,3 @@ if __name__ == "__main__":
     except (Interrupted, KeyboardInterrupt):
         print("\nInterrupted. The same command goes on with what is left.", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)

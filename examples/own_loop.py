@@ -56,7 +56,7 @@ def distillation(logits: Tensor, log_probs: Tensor, cells: Mapping, size: tuple[
 
 def draw_crop(rng: np.random.Generator, height: int, width: int) -> tuple[Affine, Affine, tuple[slice, slice], bool]:
     """A square of the image, brought to SIZE pixels a side and perhaps mirrored: crop pixel -> image pixel."""
-    side = int(rng.integers(min(height, width) // 2, min(height, width) + 1))
+    side = int(rng.integers(max(1, min(height, width) // 2), min(height, width) + 1))
     top, left = (int(rng.integers(0, length - side + 1)) for length in (height, width))
     mirrored = bool(rng.integers(2))
     scaled = resize(side, SIZE)

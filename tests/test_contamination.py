@@ -314,15 +314,17 @@ def test_what_a_network_has_learned_itself_is_found_whatever_it_began_with(
     assert [leak.sample.id for leak in found.leaks] == ["d/0"]
 
 
-def test_a_run_that_was_begun_before_beginnings_were_kept_is_resumed(alone: RunConfig, tmp_path: Path) -> None:
+def test_a_run_that_was_begun_before_beginnings_were_kept_learns_of_them(alone: RunConfig, tmp_path: Path) -> None:
     train(alone, tmp_path / "first", distill=False)
     begun = changed(alone, student={"init": str(tmp_path / "first/last.safetensors")})
     train(begun, tmp_path / "out", distill=False)
     path = tmp_path / "out/last.safetensors"
     description, tensors = checkpoint.load(path)
     older = replace(description, samples=replace(description.samples, labels_before=()))
-    checkpoint.save(path, older, tensors)
+    checkpoint.save(path, replace(older, step=1), tensors)
     train(begun, tmp_path / "out", distill=False, resume=True)
+    samples = checkpoint.load(path)[0].samples
+    assert samples.labels_before == (samples.labels_of,) == description.samples.labels_before
 
 
 def test_weights_alone_tell_of_no_labels(alone: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

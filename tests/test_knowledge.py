@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from segkd.pipeline.first_order import EPSILON
+from segkd.pipeline.resample import LOWEST
 from segkd.pipeline.student.knowledge.base import Cells, Knowledge
 from segkd.pipeline.student.knowledge.channel_wise import ChannelWise
 from segkd.pipeline.student.knowledge.config import KnowledgeConfig
@@ -271,18 +272,22 @@ def test_channel_wise_sees_what_is_unlikely() -> None:
     assert ZeroOrder().crop_values(other, given, cells)[[0, 2]].max() < 1e-7
 
 
+@pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_channel_wise_learns_nothing_of_a_class_that_the_teacher_rules_out_in_an_exact_cache(
-    temperature: float,
+    temperature: float, views: bool
 ) -> None:
     """It is kept as a finite number, less what normalises each cell: a map that nobody has meant."""
     logits, teacher, cells = example()
     scores = teacher["soft"].masked_fill((torch.arange(CLASSES) == 3)[:, None, None], -torch.inf).log_softmax(1)
+    if views:  # what an average over views makes of -inf
+        scores = scores.clamp_min(LOWEST).log_softmax(1)
     coder = ExactDistribution()
     rungs = torch.zeros(4, dtype=torch.uint8)
     kept = coder.decode(coder.encode(scores.float(), rungs), rungs).double()
     kind = ChannelWise(temperature=temperature)
-    values_N, exact_N = (kind.crop_values(logits, {"soft": soft}, cells) for soft in (scores, kept))
+    ruled_out = scores.masked_fill(scores <= LOWEST, -torch.inf)
+    values_N, exact_N = (kind.crop_values(logits, {"soft": soft}, cells) for soft in (ruled_out, kept))
     torch.testing.assert_close(exact_N[[0, 2]], values_N[[0, 2]], rtol=1e-3, atol=1e-3)
 
 

@@ -324,8 +324,35 @@ def test_another_year_s_images_are_not_taken_for_2012_s(tmp_path: Path) -> None:
     right = tmp_path / "VOCdevkit/VOC2012"
     assert parse(DataConfig, tomllib.loads(draft(tmp_path))["data"]).root == str(right)
     other = tmp_path / "VOCdevkit/VOC2007"
-    looked_for = VOC.replace("none of it", "all of it, but VOC2007 is another data set")
-    refused(reader("voc2012", other), f'{other}: {looked_for}; set data.root = "{right}", where it is')
+    told = f"{other}: its name says that it is not Pascal VOC 2012, which it is laid out as"
+    refused(reader("voc2012", other), f'{told}; set data.root = "{right}", where it is')
+    right.rename(tmp_path / "mine")
+    refused(reader("voc2012", other), f"{told}; rename it if it is all the same")
+    assert len(open_data(reader("voc2012", tmp_path / "mine")).samples) == 2
+
+
+def test_what_lies_beside_is_no_other_data_set_to_read_instead(tmp_path: Path) -> None:
+    ade(tmp_path / "ade")
+    cityscapes(tmp_path / "cityscapes")
+    for file in tmp_path.glob("cityscapes/gtFine/*/*/*.png"):
+        file.unlink()
+    with pytest.raises(DataError, match=r"set data\.root to the folder that holds these"):
+        open_data(reader("cityscapes", tmp_path / "cityscapes"))
+
+
+def test_names_with_spaces_in_lists_of_published_data(tmp_path: Path) -> None:
+    segnet(tmp_path)
+    for name in ("train/my clip.png", "trainannot/my clip.png"):
+        (tmp_path / name).write_bytes((tmp_path / name.replace("my clip", "0001TP_006690")).read_bytes())
+    lines(tmp_path / "train.txt", "train/my clip", "train/0001TP_006690.png trainannot/0001TP_006690.png")
+    source = open_data(reader("camvid", tmp_path, lists={"train": str(tmp_path / "train.txt")}))
+    assert roles(source) == {"train/my clip": "train", "train/0001TP_006690": "train"}
+    for line in ("train/0001TP_006690 -1", "train/0001TP_006690 # not this one"):
+        lines(tmp_path / "train.txt", line)
+        refused(
+            reader("camvid", tmp_path, lists={"train": str(tmp_path / "train.txt")}),
+            f"{tmp_path}/train.txt, line 1: there is no image {line!r} under {tmp_path}",
+        )
 
 
 def test_official_lists_of_images_that_are_not_there(tmp_path: Path) -> None:
@@ -595,6 +622,13 @@ def test_coco(tmp_path: Path, maps: str, images: str) -> None:
 def test_coco_ids_have_gaps(value: int, index: int, name: str) -> None:
     layout, _ = LAYOUTS["coco_stuff"]
     assert layout.meaning[value] == name == list(layout.classes)[index]
+
+
+def test_coco_maps_of_two_kinds_in_two_folders(tmp_path: Path) -> None:
+    coco(tmp_path, "annotations")
+    for split in ("train2017", "val2017"):
+        labels(tmp_path, f"stuffthingmaps/{split}/000000000009_labelTrainIds.png", 0)
+    assert row(open_data(reader("coco_stuff", tmp_path)), "train2017/000000000009") == [0, 11, 170, 255]
 
 
 def test_coco_train_ids_have_none(tmp_path: Path) -> None:

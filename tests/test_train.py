@@ -45,7 +45,7 @@ from segkd.pipeline.student.knowledge.first_order import FirstOrder
 from segkd.pipeline.student.knowledge.pseudo_labels import PseudoLabels
 from segkd.pipeline.student.knowledge.zero_order import ZeroOrder
 from segkd.pipeline.student.losses import LossConfig
-from segkd.pipeline.student.resuming import require_same
+from segkd.pipeline.student.resuming import continued
 from segkd.pipeline.student.runtime import torch_settings
 from segkd.pipeline.student.train import TrainingStopped, train
 from segkd.pipeline.student.trainer import Trainer
@@ -444,9 +444,9 @@ def test_a_run_that_is_older_than_a_setting_is_resumed(labels_only: RunConfig, t
             table = table[of]
         del table[name]
         held = replace(description, run=older)
-        require_same(held, description, last)
+        continued(held, description, last)
         with pytest.raises(CheckpointError, match=r"differs in train\.steps \(12, now 13\); resume"):
-            require_same(held, replace(description, run=changed), last)
+            continued(held, replace(description, run=changed), last)
     checkpoint.save(last, held, tensors)
     assert train(labels_only, tmp_path, distill=False, resume=True) == {**first, "steps_done_before": 12}
     edges = replace(labels_only.knowledge, first_order=FirstOrder(near="edges"))

@@ -29,7 +29,11 @@ def check_roles(run: RunConfig, arms: Collection[Arm], opened: Opened) -> Iterat
     for arm in arms:
         try:
             source, held = opened.data(arm.run)
-        except (ConfigError, DataError) as error:  # of the arm's own data: the run file's were opened before
+        except (
+            ConfigError,
+            ContaminationError,
+            DataError,
+        ) as error:  # of the arm's own data: the run file's were opened before
             raise type(error)(f"arm {arm.name}: {error}") from None
         drawn = arm.run.train.auxiliary > 0
         if (id(source), drawn) not in found:

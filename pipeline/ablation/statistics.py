@@ -108,8 +108,9 @@ def draw_blocks(blocks: int, resamples: int, seed: int = 0) -> npt.NDArray[np.in
 def resampled_miou(tallies_N3C: Floats, blocks: Sequence[Sequence[int]], draws_RB: npt.NDArray[np.int64]) -> Floats:
     """R: the mIoU of each resample of the blocks, from its own confusion matrix.
 
-    A class whose labels are in none of the blocks drawn is left out of it, whoever predicts it there: labels are the
-    same for all arms, a few stray pixels are not, and would be an IoU of 0 for some arms and of nothing for others.
+    A class whose labels are in other blocks than those drawn is left out of it, whoever predicts it there: labels are
+    the same for all arms, a few stray pixels are not, and would be an IoU of 0 for some arms and of nothing for others.
+    One that no image shows counts where it is predicted, as in the score itself.
     """
     tallies_B3C = np.stack([tallies_N3C[list(block)].sum(0) for block in blocks])
     tallies_R3C = np.einsum("rb,bkc->rkc", draws_RB.astype(np.float64), tallies_B3C, optimize=True)

@@ -32,6 +32,8 @@ from segkd.pipeline.data.sample import IGNORE, LEARNED, SCORED, DataSource, Role
 from segkd.pipeline.progress import SILENT, Progress
 from segkd.storage.errors import ContaminationError, DataError
 
+_MOST_NAMED = 20
+"""Samples that one complaint names."""
 _AT_ONCE = 512
 """Samples that are handed to the threads together."""
 
@@ -139,7 +141,7 @@ def check(config: DataConfig, *, progress: Progress = SILENT) -> DataReport:
             *_unmapped(found.label_map, names, seen.unmapped),
             *_turned(seen.turned, source),
             *(_in_two_roles(config, source, seen.contents) if config.compare_contents != "off" else ()),
-            *_blank(with_role(source, *LEARNED), seen.contents, source),
+            *_blank(samples, seen.contents, source),
             *_warnings(samples, names, seen.pixels),
         ),
     )
@@ -237,14 +239,15 @@ def _in_two_roles(config: DataConfig, source: DataSource, contents: dict[str, Co
 
 
 def _blank(samples: Sequence[Sample], contents: Mapping[str, Content], source: DataSource) -> Iterator[Complaint]:
-    """Images of one tone all over: broken files are often black, and a teacher has an opinion of them, too."""
+    """Images of one tone: broken files are often black, and a teacher has an opinion of them, too."""
     found = [sample for sample in samples if sample.id in contents and len(set(contents[sample.id].tones)) == 1]
     if found:
-        more = f", and so do {len(found) - 1:,} more that are learned from" if len(found) > 1 else ""
+        more = f" So do {', '.join(repr(sample.id) for sample in found[1:_MOST_NAMED])}" if len(found) > 1 else ""
+        more += f" and {len(found) - _MOST_NAMED:,} more" if len(found) > _MOST_NAMED else ""
         yield Complaint(
             "warning",
-            f"{describe_sample(found[0], source)} shows one tone all over{more}: what is learned of it is nothing of a "
-            "scene; see that the file is whole, or leave it out",
+            f"{describe_sample(found[0], source)} shows hardly anything but one tone: see that the file is whole, or "
+            f"leave it out.{more}",
         )
 
 

@@ -58,8 +58,8 @@ class DataConfig:
     """``folder``: the same for label maps, such as ``_gtFine_labelIds``."""
     lists: dict[Role, str] = field(default_factory=dict)
     """One text file a role, relative to the working directory. Its lines name samples (``train/0001TP_006690``)
-    or images' files below ``root``; of a published data set's what follows in the line is ignored. For ``list`` they
-    name an image and, behind a tab or a comma, its label map. ``#`` begins a comment line."""
+    or images' files below ``root``. For ``list`` they name an image and, behind a tab or a comma, its label map; with
+    the reader of a published data set a label map behind a space is ignored. ``#`` begins a comment line."""
     folders: dict[Role, tuple[str, ...]] = field(default_factory=dict)
     """The folders of images of each role: ``train = ["train"]``; ``["."]`` is all. What is in none stays unused."""
     fractions: dict[Role, float] = field(default_factory=dict)

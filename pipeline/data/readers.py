@@ -14,13 +14,15 @@ from segkd.pipeline.data.files import FileSource
 from segkd.pipeline.data.labels import LabelMap, describe
 from segkd.pipeline.data.layouts import LAYOUTS
 from segkd.pipeline.data.layouts.layout import Files, Layout
-from segkd.pipeline.data.names import Naming, by_stem, inside, names_in, names_under
+from segkd.pipeline.data.names import Naming, by_stem, inside, names_in, names_under, split_extension
 from segkd.pipeline.data.recognition import layout_of
 from segkd.pipeline.data.roles import Line, by_folders, by_fractions, by_lines, grouping, lines_of
 from segkd.pipeline.data.sample import DataSource, Role
 from segkd.pipeline.data.scenes import SceneSource
 from segkd.pipeline.data.unlabelled import with_unlabelled
 from segkd.storage.errors import DataError
+
+_EXTENSIONS = images.IMAGE_EXTENSIONS | images.LABEL_EXTENSIONS
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ def _listed(config: DataConfig, complaints: list[Complaint]) -> tuple[Files, dic
             )
         paths = [PurePosixPath(inside(part, line.place)) for part in parts if part]
         missing = [path for path in paths if path.name not in present(path.parent)]
-        hint = "; put a tab or a comma between image and label map" if len(parts) == 1 and " " in parts[0] else ""
+        pair = len(parts) == 1 and _image_of_pair(parts[0]) != parts[0]
+        hint = "; put a tab or a comma between image and label map" if pair else ""
         complaints += [Complaint("error", f"{line.place}: there is no file {root / path}{hint}") for path in missing]
         if missing:
             continue
@@ -215,19 +218,26 @@ def _named(
 ) -> Iterator[tuple[str, Line]]:
     """The samples that list files name, by id or by the image's name; unknown ones become complaints.
 
-    Of published data sets, whose names hold no spaces, the field's lists name an image and its label map in a line, as
-    if from the root of a disk; the image is what is looked for.
+    Of published data sets the field's lists name an image and its label map in a line, as if from the root of a disk;
+    the image is what is looked for.
     """
     naming = Naming(config.image_suffix, images.IMAGE_EXTENSIONS)
     by_name = {name: sample_id for sample_id, name in files.images.items()}
     for line in lines_of(config.lists):
-        text = line.text if layout is None else line.text.split()[0].lstrip("/")
-        name = inside(text, line.place)
+        name = inside(line.text if layout is None else _image_of_pair(line.text), line.place)
         sample_id = name if name in files.images else by_name.get(name, naming.stem(name))
         if sample_id is not None and sample_id in files.images:
             yield sample_id, line
         else:
             complaints.append(Complaint("error", f"{line.place}: there is no image {name!r} under {config.root}"))
+
+
+def _image_of_pair(text: str) -> str:
+    """The first of two files that a line names, without the slash that it begins with; another line as it is."""
+    parts = text.split()
+    if len(parts) == 2 and all(split_extension(part)[1] in _EXTENSIONS for part in parts):
+        return parts[0].lstrip("/")
+    return text
 
 
 def _missing_labels(root: Path, files: Files, roles: Mapping[str, Role]) -> list[Complaint]:

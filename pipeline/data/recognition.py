@@ -31,7 +31,11 @@ def layout_of(reader: str, root: Path) -> Layout:
         return layout
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder; correct data.root{relative_to_here(root)}")
-    raise DataError(f"{_not_there(reader, root)}; {_remedy(reader, root)}")
+    told, remedy = _not_there(reader, root), _remedy(reader, root)
+    if (other := next((layout for layout in LAYOUTS[reader] if not layout.missing(root)), None)) is not None:
+        told = f"{root}: its name says that it is not {other.title}, which it is laid out as"
+        remedy = remedy if remedy.startswith("set data.root = ") else "rename it if it is all the same"
+    raise DataError(f"{told}; {remedy}")
 
 
 def below(root: Path) -> Iterator[Path]:
@@ -60,16 +64,15 @@ def _not_there(reader: str, root: Path) -> str:
     for layout in LAYOUTS[reader]:
         missing = layout.missing(root)
         found = "none of it" if len(missing) == len(layout.expects) else f"all but {' and '.join(missing)}"
-        if layout.is_another(root):
-            found = f"all of it, but {root.resolve().name} is another data set" if not missing else found
         told.append(f"{' and '.join(layout.expects)}: found {found}")
     return f"{root}: is not laid out as reader '{reader}' needs it; looked for {'; or for '.join(told)}"
 
 
 def _remedy(reader: str, root: Path) -> str:
     above = list(root.resolve().parents)[:_LEVELS]
-    close = [*list(below(root))[1:], *above, *(_folders(above[0]) if above else ())]
-    right = next((folder for folder in close if _edition(reader, folder)), None)
+    close = [*list(below(root))[1:], *above]
+    beside = _folders(above[0]) if above else []
+    right = next((folder for folder in [*close, *beside] if _edition(reader, folder)), None)
     if right is not None:
         return f'set data.root = "{right}", where it is'
     other = next(((folder, found) for folder in [root, *close] if (found := recognised(folder))), None)

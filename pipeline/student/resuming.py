@@ -53,8 +53,11 @@ def last_checkpoint(folder: RunFolder) -> tuple[Description, dict[str, Tensor]] 
     return None
 
 
-def require_same(held: Description, now: Description, path: Path) -> None:
-    """Raises CheckpointError that names what differs between the run of the checkpoint at ``path`` and this one."""
+def continued(held: Description, now: Description, path: Path) -> Description:
+    """The description of the checkpoint at ``path``, to go on from as the run ``now``.
+
+    Raises CheckpointError that names what differs between the two.
+    """
     after = dict(leaves(now.run))
     before = with_defaults(dict(leaves(held.run)), after)
     whose = "cache's" if now.run["train"]["teacher_view"] == "cache" else "teacher's"
@@ -67,14 +70,17 @@ def require_same(held: Description, now: Description, path: Path) -> None:
         if before.get(key) != after.get(key) and not is_harmless(key)
     ]
     differing += ["the classes"] if held.classes != now.classes else []
-    # What it began with and was taught by is compared as settings.
-    samples = replace(now.samples, labels_before=held.samples.labels_before)
-    differing += ["the samples (their lists, or what their images show)"] if held.samples != samples else []
+    # Older checkpoints know less of the networks before them, and what taught a run may be gone by now.
+    known = tuple(dict.fromkeys((*held.samples.labels_before, *now.samples.labels_before)))
+    seen = replace(held.samples, labels_before=known)
+    if seen != replace(now.samples, labels_before=known):
+        differing.append("the samples (their lists, or what their images show)")
     if differing:
         raise CheckpointError(
             f"{path} is of a run that differs in {', '.join(differing)}; resume it as it was begun, "
             "begin anew with --overwrite, or name another output folder"
         )
+    return replace(held, samples=seen)
 
 
 def with_defaults(held: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

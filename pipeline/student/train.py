@@ -28,7 +28,7 @@ from segkd.pipeline.student.checkpoint import MODEL, Best, Description, independ
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.folder import RunFolder
 from segkd.pipeline.student.inputs import Inputs, open_inputs
-from segkd.pipeline.student.resuming import last_checkpoint, require_same
+from segkd.pipeline.student.resuming import continued, last_checkpoint
 from segkd.pipeline.student.runtime import StopRequest, leave_signals_to_parent, torch_settings
 from segkd.pipeline.student.trainer import DIVERGED, Trainer
 from segkd.pipeline.versions import versions
@@ -70,7 +70,7 @@ def train(
     with torch_settings(config), folder:
         student = described(run.the_student())
         inputs = open_inputs(run, student, distill=distill, progress=progress)
-        fresh = Description(
+        description = Description(
             network=independent(student),
             classes=inputs.source.classes,
             step=0,
@@ -80,12 +80,12 @@ def train(
             samples=inputs.seen,
         )
         if held is not None:
-            require_same(held[0], fresh, folder.last)
+            description = continued(held[0], description, folder.last)
         trainer = begin(student, inputs, config, device)
         if held is not None:
             trainer.restore(held[1], held[0].scaler, str(folder.last))
         with StopRequest() as stop:
-            return _Training(inputs, trainer, folder, held[0] if held else fresh, stop, progress).run()
+            return _Training(inputs, trainer, folder, description, stop, progress).run()
 
 
 def begin(student: NetworkConfig, inputs: Inputs, config: TrainConfig, device: torch.device) -> Trainer:

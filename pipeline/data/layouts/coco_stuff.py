@@ -16,6 +16,7 @@ from segkd.pipeline.data.layouts.layout import (
     Files,
     Layout,
     between_commas,
+    exists,
     first_folder,
     images_in,
     labels_in,
@@ -48,17 +49,21 @@ _IDS, _TRAIN_IDS = "[0-9]", "_labelTrainIds"
 """What the names of label maps end with, before ``.png``: as globs."""
 
 
+def _globs(maps: str, tail: str) -> list[str]:
+    return [f"{maps}/{split}/*{tail}.png" for split in _SPLITS]
+
+
 def _expects(tail: str) -> tuple[str, str]:
     return (
         "images/train2017 or images/val2017 or train2017 or val2017",
-        " or ".join(f"{name}/{split}/*{tail}.png" for name in _MAPS for split in _SPLITS),
+        " or ".join(glob for maps in _MAPS for glob in _globs(maps, tail)),
     )
 
 
-def _find(root: Path, *, suffix: str = "") -> Files:
+def _find(root: Path, *, tail: str, suffix: str = "") -> Files:
     images: dict[str, str] = {}
     labels: dict[str, str] = {}
-    maps = first_folder(root, *(f"{name}/{split}" for name in _MAPS for split in _SPLITS)).split("/")[0]
+    maps = next(maps for maps in _MAPS if any(exists(root, glob) for glob in _globs(maps, tail)))
     for split in _SPLITS:
         images |= images_in(root, first_folder(root, f"images/{split}", split), prefix=f"{split}/")
         labels |= labels_in(root, f"{maps}/{split}", suffix, prefix=f"{split}/")
@@ -74,7 +79,7 @@ def _find(root: Path, *, suffix: str = "") -> Files:
 _BY_IDS = Layout(
     title="COCO-Stuff 164k",
     expects=_expects(_IDS),
-    find=_find,
+    find=partial(_find, tail=_IDS),
     # No colours are customary; these differ, and none is black.
     classes={name: voc_colour(index) for index, name in enumerate(_NAMES, start=1)},
     meaning={
@@ -85,7 +90,7 @@ _BY_IDS = Layout(
 _BY_TRAIN_IDS = replace(
     _BY_IDS,
     expects=_expects(_TRAIN_IDS),
-    find=partial(_find, suffix=_TRAIN_IDS),
+    find=partial(_find, tail=_TRAIN_IDS, suffix=_TRAIN_IDS),
     meaning={**dict(enumerate(_NAMES)), IGNORE: IGNORED},
 )
 COCO_STUFF = (_BY_IDS, _BY_TRAIN_IDS)

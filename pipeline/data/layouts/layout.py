@@ -62,11 +62,11 @@ class Layout:
 
     def missing(self, root: Path) -> list[str]:
         """What is expected but not there."""
-        return [item for item in self.expects if not any(_exists(root, glob) for glob in item.split(" or "))]
+        return [item for item in self.expects if not any(exists(root, glob) for glob in item.split(" or "))]
 
     def is_another(self, root: Path) -> bool:
         """Whether the folder's name says that it holds another data set."""
-        return self.not_called != "" and re.fullmatch(self.not_called, root.resolve().name) is not None
+        return self.not_called != "" and re.fullmatch(self.not_called, root.absolute().name) is not None
 
 
 def between_commas(text: str) -> tuple[str, ...]:
@@ -132,5 +132,6 @@ def roles_of_folders(ids: Iterable[str], folders: Mapping[str, Role]) -> dict[st
     return {sample: folders[top] for sample in ids if (top := sample.split("/")[0]) in folders}
 
 
-def _exists(root: Path, glob: str) -> bool:
+def exists(root: Path, glob: str) -> bool:
+    """Whether anything below the root is called like this."""
     return next(root.glob(glob), None) is not None

@@ -76,7 +76,7 @@ def _find_mat(root: Path) -> Files:
 
 _PNG = Layout(
     title="Pascal Context (PNG)",
-    expects=("JPEGImages", "SegmentationClassContext"),
+    expects=("JPEGImages", "SegmentationClassContext/*.png"),
     find=partial(_find_png, place="SegmentationClassContext"),
     # Customary are the first of ADE20K's colours, the very first one being the background's.
     classes=dict(zip(_LABELS, ADE_COLOURS[1:], strict=False)),
@@ -87,7 +87,7 @@ _PNG = Layout(
 _AUTHORS = replace(
     _PNG,
     title="Pascal Context (PNG of its authors)",
-    expects=("JPEGImages", "59_context_labels"),
+    expects=("JPEGImages", "59_context_labels/*.png"),
     find=partial(_find_png, place="59_context_labels"),
     meaning={0: IGNORED, **dict(enumerate(_AUTHORS_ORDER, start=1))},
 )

@@ -59,7 +59,7 @@ VOC2012 = (
         title="Pascal VOC 2012",
         expects=("JPEGImages", "SegmentationClass", _LISTS),
         find=_find,
-        not_called=r"VOC20(0\d|10|11)",
+        not_called=r"(?i)voc20(0\d|10|11)",
         classes={name: voc_colour(index) for index, name in enumerate(_NAMES)},
         meaning={**dict(enumerate(_NAMES)), IGNORE: IGNORED},
     ),

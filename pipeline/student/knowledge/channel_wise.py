@@ -15,7 +15,10 @@ from torch.nn import functional as F
 
 from segkd.pipeline.evidence import Evidence
 from segkd.pipeline.student.knowledge.base import Cells, Knowledge, Need
-from segkd.storage.coding_exact import LOWEST
+
+RULED_OUT = -90.0
+"""Log-probabilities below this are what a teacher rules out. They are finite in a cache, -65504 and less, or about -100
+where views were averaged, and what cells differ in there is nothing that the teacher said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,7 @@ class ChannelWise(Knowledge):
 
     def crop_values(self, logits_SChw: Tensor, teacher: Mapping[str, Tensor], cells: Cells) -> Tensor:
         student_SChw = _log_shares(logits_SChw.log_softmax(1) / self.temperature, cells)
-        # What the teacher rules out is kept as a finite number, in which cells differ by nothing that the teacher said.
-        soft_SChw = teacher["soft"].masked_fill(teacher["soft"] <= LOWEST, -torch.inf)
+        soft_SChw = teacher["soft"].masked_fill(teacher["soft"] < RULED_OUT, -torch.inf)
         teacher_SChw = _log_shares(soft_SChw / self.temperature, cells).exp()
         divergence_NC = cells.sums(F.kl_div(student_SChw, teacher_SChw, reduction="none"))
         return self.temperature**2 * divergence_NC.mean(1)
