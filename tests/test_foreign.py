@@ -169,6 +169,17 @@ class TestOutput:
         images = torch.randn(1, 3, 4, 6)
         assert torch.equal(network(images), network.network(images.to(dtype)))
 
+    def test_probabilities_that_are_called_logits_are_refused(self) -> None:
+        images = torch.rand(1, 3, 4, 4)
+        message = (
+            "returned values that add up to 1 over the classes, and none below 0: probabilities, not logits; "
+            'set produces = "probabilities"'
+        )
+        with pytest.raises(NetworkError, match=message):
+            foreign(Returns(lambda logits: logits.softmax(1)), stride=1)(images)
+        for logits in (lambda logits: logits, lambda logits: logits.log_softmax(1), lambda logits: 0 * logits):
+            foreign(Returns(logits), stride=1)(images)
+
     def test_half_precision_probabilities_are_read(self) -> None:
         values = torch.tensor([0.9995, 0.0005]).reshape(1, 2, 1, 1).bfloat16()
         result = foreign(Returns(lambda _: values), produces="probabilities", stride=1)(torch.zeros(1, 3, 1, 1))

@@ -230,7 +230,7 @@ def _in_two_roles(config: DataConfig, source: DataSource, contents: dict[str, Co
         yield Complaint("warning", describe_copy(twin, source))
     faint = [sample for sample in with_role(source, *SCORED) if sample.id in contents and is_faint(contents[sample.id])]
     if faint:
-        more = f", and so have {len(faint) - 1:,} more of role select or report" if len(faint) > 1 else ""
+        more = f", and so have {_named(faint[1:])}" if len(faint) > 1 else ""
         yield Complaint(
             "warning",
             f"{describe_sample(faint[0], source)} has hardly any contrast{more}: "
@@ -238,12 +238,16 @@ def _in_two_roles(config: DataConfig, source: DataSource, contents: dict[str, Co
         )
 
 
+def _named(samples: Sequence[Sample]) -> str:
+    more = f" and {len(samples) - _MOST_NAMED:,} more" if len(samples) > _MOST_NAMED else ""
+    return ", ".join(repr(sample.id) for sample in samples[:_MOST_NAMED]) + more
+
+
 def _blank(samples: Sequence[Sample], contents: Mapping[str, Content], source: DataSource) -> Iterator[Complaint]:
     """Images of one tone: broken files are often black, and a teacher has an opinion of them, too."""
     found = [sample for sample in samples if sample.id in contents and len(set(contents[sample.id].tones)) == 1]
     if found:
-        more = f" So do {', '.join(repr(sample.id) for sample in found[1:_MOST_NAMED])}" if len(found) > 1 else ""
-        more += f" and {len(found) - _MOST_NAMED:,} more" if len(found) > _MOST_NAMED else ""
+        more = f" So do {_named(found[1:])}" if len(found) > 1 else ""
         yield Complaint(
             "warning",
             f"{describe_sample(found[0], source)} shows hardly anything but one tone: see that the file is whole, or "

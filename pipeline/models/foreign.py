@@ -41,6 +41,7 @@ class ForeignNetwork(Network):
         self.network = network
         self.config = config
         self.training = network.training
+        self._looked_at = False
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
         """Raise NetworkError where the network fails, or its output is not what the description says."""
@@ -69,6 +70,9 @@ class ForeignNetwork(Network):
             )
         if self.config.produces == "probabilities":
             return _log_probabilities(output_NChw, self.config)
+        if not self._looked_at:  # once: on a GPU every look waits for it
+            _require_no_probabilities(output_NChw, self.config)
+            self._looked_at = True
         return output_NChw
 
 
@@ -175,6 +179,18 @@ def _log_probabilities(output_NChw: Tensor, config: NetworkConfig) -> Tensor:
             'classes; set produces = "logits"'
         )
     return values.clamp_min(0).log()
+
+
+def _require_no_probabilities(output_NChw: Tensor, config: NetworkConfig) -> None:
+    """Raises NetworkError for values that are distributions in every cell: a softmax of them has the same argmax and
+    looks like a teacher that is sure of nothing."""
+    values = output_NChw.detach().float()
+    distributions = (values >= -_TOLERANCE).all() & ((values.sum(1) - 1).abs() <= _TOLERANCE).all()
+    if values.shape[1] > 1 and bool(distributions):
+        raise NetworkError(
+            f"{config.reference} returned values that add up to 1 over the classes, and none below 0: probabilities, "
+            'not logits; set produces = "probabilities"'
+        )
 
 
 def _infer_grid(network: nn.Module, config: NetworkConfig) -> Grid:
