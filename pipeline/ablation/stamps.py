@@ -13,7 +13,7 @@ from segkd.pipeline.config import RunConfig
 from segkd.pipeline.data.contamination import Twins, find_twins, require_apart
 from segkd.pipeline.data.sample import SCORED, DataSource, Role, with_role
 from segkd.pipeline.student.leaks import beginnings, find_label_leaks
-from segkd.storage.errors import CheckpointError, ConfigError, ContaminationError, DataError
+from segkd.storage.errors import CheckpointError, ContaminationError, DataError, SegkdError
 
 
 def check_roles(run: RunConfig, arms: Collection[Arm], opened: Opened) -> Iterator[str]:
@@ -29,11 +29,7 @@ def check_roles(run: RunConfig, arms: Collection[Arm], opened: Opened) -> Iterat
     for arm in arms:
         try:
             source, held = opened.data(arm.run)
-        except (
-            ConfigError,
-            ContaminationError,
-            DataError,
-        ) as error:  # of the arm's own data: the run file's were opened before
+        except SegkdError as error:  # of the arm's own data: the run file's were opened before
             raise type(error)(f"arm {arm.name}: {error}") from None
         drawn = arm.run.train.auxiliary > 0
         if (id(source), drawn) not in found:

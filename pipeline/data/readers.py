@@ -165,10 +165,10 @@ def _listed(config: DataConfig, complaints: list[Complaint]) -> tuple[Files, dic
             )
         paths = [PurePosixPath(inside(part, line.place)) for part in parts if part]
         missing = [path for path in paths if path.name not in present(path.parent)]
-        pair = len(parts) == 1 and _image_of_pair(parts[0]) != parts[0]
-        hint = "; put a tab or a comma between image and label map" if pair else ""
-        complaints += [Complaint("error", f"{line.place}: there is no file {root / path}{hint}") for path in missing]
         if missing:
+            pair = _image_of_pair(line.text) != line.text and len(parts) == 1
+            hint = "; put a tab or a comma between image and label map" if pair else ""
+            complaints += [Complaint("error", f"{line.place}: there is no file {root / it}{hint}") for it in missing]
             continue
         sample_id = str(paths[0].with_suffix(""))
         named.append((sample_id, line))

@@ -31,11 +31,13 @@ def layout_of(reader: str, root: Path) -> Layout:
         return layout
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder; correct data.root{relative_to_here(root)}")
-    told, remedy = _not_there(reader, root), _remedy(reader, root)
-    if (other := next((layout for layout in LAYOUTS[reader] if not layout.missing(root)), None)) is not None:
-        told = f"{root}: its name says that it is not {other.title}, which it is laid out as"
-        remedy = remedy if remedy.startswith("set data.root = ") else "rename it if it is all the same"
-    raise DataError(f"{told}; {remedy}")
+    right = _close_by(reader, root)
+    where = f'set data.root = "{right}", where it is' if right is not None else ""
+    misnamed = next((layout for layout in LAYOUTS[reader] if not layout.missing(root)), None)
+    if misnamed is not None:
+        told = f"{root}: its name says that it is not {misnamed.title}, which it is laid out as"
+        raise DataError(f"{told}; {where or 'rename it if it is all the same'}")
+    raise DataError(f"{_not_there(reader, root)}; {where or _other_remedy(root)}")
 
 
 def below(root: Path) -> Iterator[Path]:
@@ -68,14 +70,18 @@ def _not_there(reader: str, root: Path) -> str:
     return f"{root}: is not laid out as reader '{reader}' needs it; looked for {'; or for '.join(told)}"
 
 
-def _remedy(reader: str, root: Path) -> str:
-    above = list(root.resolve().parents)[:_LEVELS]
-    close = [*list(below(root))[1:], *above]
-    beside = _folders(above[0]) if above else []
-    right = next((folder for folder in [*close, *beside] if _edition(reader, folder)), None)
-    if right is not None:
-        return f'set data.root = "{right}", where it is'
-    other = next(((folder, found) for folder in [root, *close] if (found := recognised(folder))), None)
+def _close_by(reader: str, root: Path) -> Path | None:
+    """A folder below, above or beside a wrong root that holds the reader's data set."""
+    parent = root.resolve().parent
+    return next((folder for folder in [*_around(root), *_folders(parent)] if _edition(reader, folder)), None)
+
+
+def _around(root: Path) -> list[Path]:
+    return [*list(below(root))[1:], *list(root.resolve().parents)[:_LEVELS]]
+
+
+def _other_remedy(root: Path) -> str:
+    other = next(((folder, found) for folder in [root, *_around(root)] if (found := recognised(folder))), None)
     if other is not None:
         folder, (name, layout) = other
         where = "" if folder == root else f' and data.root = "{folder}"'

@@ -45,25 +45,25 @@ _SPLITS = {"train2017": Role.TRAIN, "val2017": Role.REPORT}
 _MAPS = ("stuffthingmaps", "stuffthingmaps_trainval2017", "annotations")
 
 
-_IDS, _TRAIN_IDS = "[0-9]", "_labelTrainIds"
-"""What the names of label maps end with, before ``.png``: as globs."""
+_TRAIN_IDS = "_labelTrainIds"
+"""What the names of maps without gaps have behind the image's number."""
 
 
-def _globs(maps: str, tail: str) -> list[str]:
-    return [f"{maps}/{split}/*{tail}.png" for split in _SPLITS]
+def _globs(maps: str, suffix: str) -> list[str]:
+    return [f"{maps}/{split}/*{suffix or '[0-9]'}.png" for split in _SPLITS]
 
 
-def _expects(tail: str) -> tuple[str, str]:
+def _expects(suffix: str) -> tuple[str, str]:
     return (
         "images/train2017 or images/val2017 or train2017 or val2017",
-        " or ".join(glob for maps in _MAPS for glob in _globs(maps, tail)),
+        " or ".join(glob for maps in _MAPS for glob in _globs(maps, suffix)),
     )
 
 
-def _find(root: Path, *, tail: str, suffix: str = "") -> Files:
+def _find(root: Path, *, suffix: str) -> Files:
     images: dict[str, str] = {}
     labels: dict[str, str] = {}
-    maps = next(maps for maps in _MAPS if any(exists(root, glob) for glob in _globs(maps, tail)))
+    maps = next(maps for maps in _MAPS if any(exists(root, glob) for glob in _globs(maps, suffix)))
     for split in _SPLITS:
         images |= images_in(root, first_folder(root, f"images/{split}", split), prefix=f"{split}/")
         labels |= labels_in(root, f"{maps}/{split}", suffix, prefix=f"{split}/")
@@ -78,8 +78,8 @@ def _find(root: Path, *, tail: str, suffix: str = "") -> Files:
 
 _BY_IDS = Layout(
     title="COCO-Stuff 164k",
-    expects=_expects(_IDS),
-    find=partial(_find, tail=_IDS),
+    expects=_expects(""),
+    find=partial(_find, suffix=""),
     # No colours are customary; these differ, and none is black.
     classes={name: voc_colour(index) for index, name in enumerate(_NAMES, start=1)},
     meaning={
@@ -90,7 +90,7 @@ _BY_IDS = Layout(
 _BY_TRAIN_IDS = replace(
     _BY_IDS,
     expects=_expects(_TRAIN_IDS),
-    find=partial(_find, tail=_TRAIN_IDS, suffix=_TRAIN_IDS),
+    find=partial(_find, suffix=_TRAIN_IDS),
     meaning={**dict(enumerate(_NAMES)), IGNORE: IGNORED},
 )
 COCO_STUFF = (_BY_IDS, _BY_TRAIN_IDS)
