@@ -1,8 +1,8 @@
-"""What the cross-entropy with labels costs, forward and backward: segkd's, band by band, and torch's on all pixels.
+"""What the cross-entropy with labels costs, forward and backward: segkd's, of all or of hard pixels, and torch's.
 
     OMP_NUM_THREADS=1 python benchmarks/label_loss.py [--device cuda] [--json]
 
-Both take turns on the same logits in one process; the median of ``--repeats``. Memory is what one call of either adds
+They take turns on the same logits in one process; the median of ``--repeats``. Memory is what one call of each adds
 at its peak to what a process of its own has by then: on a GPU what torch has allocated, else Linux's VmHWM, reset.
 """
 
@@ -25,6 +25,7 @@ from segkd.pipeline.data.sample import IGNORE
 from segkd.pipeline.memory import keep_freed_memory
 from segkd.pipeline.resample import to_pixels
 from segkd.pipeline.student.label_loss import summed_cross_entropy
+from segkd.pipeline.student.ohem import hard_labels
 from segkd.storage.geometry import Mapping, network_axis
 
 SHAPES = {
@@ -42,7 +43,11 @@ def at_all_pixels(logits_NChw: Tensor, mapping: Mapping, labels_NHW: Tensor) -> 
     return F.cross_entropy(pixels_NCHW, labels_NHW, ignore_index=IGNORE, reduction="sum")
 
 
-LOSSES: dict[str, Loss] = {"segkd": summed_cross_entropy, "torch": at_all_pixels}
+def of_hard_pixels(logits_NChw: Tensor, mapping: Mapping, labels_NHW: Tensor) -> Tensor:
+    return summed_cross_entropy(logits_NChw, mapping, hard_labels(logits_NChw, mapping, labels_NHW, 0.7, 1 / 16))
+
+
+LOSSES: dict[str, Loss] = {"segkd": summed_cross_entropy, "ohem": of_hard_pixels, "torch": at_all_pixels}
 
 
 def inputs(shape: str, device: str) -> tuple[Tensor, Mapping, Tensor]:

@@ -23,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional
 
 from segkd.pipeline.config import RunConfig, load
 from segkd.pipeline.data.batch import Batch
@@ -33,6 +34,7 @@ from segkd.pipeline.models.network import NetworkConfig
 from segkd.pipeline.models.predictor import Predictor
 from segkd.pipeline.models.references import described, load_network
 from segkd.pipeline.progress import Task
+from segkd.pipeline.resample import to_pixels
 from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.checkpoint import network_from_checkpoint
 from segkd.pipeline.student.config import TrainConfig
@@ -431,6 +433,7 @@ def test_a_run_that_is_older_than_a_setting_is_resumed(labels_only: RunConfig, t
         "knowledge.first_order.near",
         "knowledge.channel_wise",
         "loss.label_smoothing",
+        "loss.ohem",
         "train.most_entropy",
         "train.class_weights",
         "student.preprocessing.pad",
@@ -766,6 +769,30 @@ def test_gradients_of_terms_are_those_at_the_logits(run: RunConfig) -> None:
         assert alone[term] == pytest.approx(seen[0], rel=1e-5)
         assert together[term] == pytest.approx(seen[0], rel=1e-5)
         assert set(alone) == {"total", term}
+
+
+def test_labels_of_hard_pixels_alone(run: RunConfig) -> None:
+    """Mining changes what the labels teach, which is a mean over the pixels that are left, and nothing else."""
+    trainer, batch = first_batch(run)
+    seen: list[torch.Tensor] = []
+    trainer.network.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.detach()))
+    plain = trainer.step(batch, 0, measure=True)
+    assert "hard_pixels" not in plain
+    (height, width), labelled = batch.labels_NHW.shape[1:], batch.labelled_N
+    mapping = trainer.network.grid.mapping_in((height, width), (height, width))
+    log_probs_NCHW = to_pixels(seen[0][labelled], mapping, height, width).log_softmax(1)
+    losses_NHW = functional.nll_loss(log_probs_NCHW, batch.labels_NHW[labelled], ignore_index=255, reduction="none")
+    losses = losses_NHW[batch.labels_NHW[labelled] != 255]
+    below = math.exp(-losses.median().item()) + 1e-4
+    hard = losses[losses > -math.log(below)]
+    assert 0.4 * len(losses) < len(hard) < 0.9 * len(losses)
+    trainer, batch = first_batch(replace(run, loss=LossConfig(ohem=below, ohem_least=1e-6)))
+    mined = trainer.step(batch, 0, measure=True)
+    assert mined["hard_pixels"] == pytest.approx(len(hard) / len(losses), abs=1e-3)
+    assert mined["cross_entropy"] == pytest.approx(hard.mean().item(), rel=1e-4)
+    for term in ("zero_order", "first_order"):
+        assert mined[term] == plain[term]
+        assert mined["gradient"][term] == plain["gradient"][term]
 
 
 def test_clipping_bounds_the_step(run: RunConfig) -> None:

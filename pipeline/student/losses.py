@@ -33,12 +33,23 @@ from segkd.storage.errors import ConfigError
 class LossConfig:
     """What is learned from the labels, and how strictly the cache's promise is taken."""
 
-    evidence: ClassVar[Evidence] = {"cross_entropy": None, "label_smoothing": Row("camvid-s.md", "label-smoothing")}
+    evidence: ClassVar[Evidence] = {
+        "cross_entropy": None,
+        "label_smoothing": Row("camvid-s.md", "label-smoothing"),
+        "ohem": None,
+        "ohem_least": None,
+    }
 
     cross_entropy: float = 1.0
     """Weight of the cross-entropy with the labels; 0 = off, and never computed."""
     label_smoothing: float = 0.0
     """What the classes share out equally of a label's probability of 1, as torch's; 0 = none."""
+    ohem: float = 0.0
+    """Online hard example mining: only pixels whose label the student gives a probability below this are learned from;
+    customary is 0.7; 0 = all pixels."""
+    ohem_least: float = 1 / 16
+    """Share of a crop's labelled pixels that are learned from at any rate under ``ohem``: those of the smallest
+    probability."""
     allow_unpromised: bool = False
     """Whether knowledge may be read of a cache that gives no bound on the coding error that matters to it."""
 
@@ -49,6 +60,12 @@ class LossConfig:
             )
         if not 0 <= self.label_smoothing <= 1:
             raise ConfigError(f"loss.label_smoothing is {self.label_smoothing}; expected a share, 0 to 1 (0 = none)")
+        if not 0 <= self.ohem < 1:
+            raise ConfigError(
+                f"loss.ohem is {self.ohem}; expected a probability of at least 0 and below 1 (0 = all pixels)"
+            )
+        if not 0 < self.ohem_least <= 1:
+            raise ConfigError(f"loss.ohem_least is {self.ohem_least}; expected a share above 0, at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)

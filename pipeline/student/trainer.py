@@ -6,12 +6,14 @@ Shapes: N crops of H,W pixels; logits N,C,h,w on the student's grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from segkd.pipeline.data.batch import Batch, Sources
+from segkd.pipeline.data.sample import IGNORE
 from segkd.pipeline.models.layers import Network
 from segkd.pipeline.models.predictor import AUTOCAST_DTYPES
 from segkd.pipeline.student.batch_norm import BatchNorms
@@ -19,6 +21,7 @@ from segkd.pipeline.student.checkpoint import EMA, MODEL, load_weights, part
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.ema import Ema
 from segkd.pipeline.student.losses import Objective, loss_terms, total_loss
+from segkd.pipeline.student.ohem import hard_labels
 from segkd.pipeline.student.optim import make_optimiser, set_learning_rate
 from segkd.storage import geometry
 from segkd.storage.errors import NetworkError, NonFiniteError
@@ -77,6 +80,7 @@ class Trainer:
         logits_NChw = self._forward(batch.images_N3HW, labelled)
         decoded = self._decoded(batch)
         objective = self.objective.at(step, self.config.steps)
+        batch, hard = self._of_hard_pixels(batch, logits_NChw, student)
         loss, terms = total_loss(logits_NChw, student, batch, decoded, objective, self._class_weights)
         norm = self._backward(loss)
         self._require_finite(step, loss, norm, terms)
@@ -89,7 +93,7 @@ class Trainer:
         if self._ema is not None:
             self._ema.update(step)
         measured = {name: term.item() for name, term in terms.items()}
-        return {"loss": loss.item(), **measured, "learning_rate": rate, "gradient": gradient}
+        return {"loss": loss.item(), **measured, **hard, "learning_rate": rate, "gradient": gradient}
 
     def _forward(self, images_N3HW: Tensor, labelled: int) -> Tensor:
         """Logits of a batch whose first ``labelled`` crops are labelled."""
@@ -105,6 +109,20 @@ class Trainer:
                 "can be learned; return floating-point logits and leave out argmax, detach() and no_grad()"
             )
         return logits_NChw
+
+    def _of_hard_pixels(
+        self, batch: Batch, logits_NChw: Tensor, student: geometry.Mapping
+    ) -> tuple[Batch, dict[str, float]]:
+        """Under ``loss.ohem`` the batch with the labels of hard pixels alone, and their share to be logged."""
+        loss, labelled = self.objective.loss, batch.labelled_N
+        if not (loss.cross_entropy and loss.ohem):
+            return batch, {}
+        before_NHW, after_NHW = batch.labels_NHW[labelled], batch.labels_NHW.clone()
+        after_NHW[labelled] = hard_labels(
+            logits_NChw[labelled], student, before_NHW, loss.ohem, loss.ohem_least, self._class_weights
+        )
+        share = (after_NHW != IGNORE).sum() / (before_NHW != IGNORE).sum().clamp(min=1)
+        return replace(batch, labels_NHW=after_NHW), {"hard_pixels": share.item()}
 
     def _decoded(self, batch: Batch) -> Mapping[str, Tensor]:
         """The teacher's targets, where anything is learned of them."""
