@@ -131,6 +131,7 @@ def test_an_unfinished_increment_is_invisible_and_others_go_on_with_it(
     change(run)
     first = teacher_cache(config, share=Share(number=0, tasks=2, origin="a test"))
     assert (first.sealed, first.written, first.pending_units) == (False, 2, 1)
+    assert first.lines()[0].startswith(f"{config.cache.path}: usable, but what is being added is NOT complete; ")
     assert contents(config) == before
     # Which images had changed stands in the generation: the other task reads only those that it writes.
     read: list[str] = []

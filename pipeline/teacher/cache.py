@@ -52,6 +52,8 @@ class CacheSummary:
     float16_grid_bytes: int
     """What float16 logits on the native grid would take, uncompressed."""
     sealed: bool
+    usable: bool
+    """Whether students can learn from it, which they can while something is being added to it, too."""
     report: dict[str, Any]
     """The coding report: per target the mean and the maximum over the samples of each measure."""
     replaced: int = 0
@@ -74,7 +76,8 @@ class CacheSummary:
         per_sample = self.bytes / max(samples + self.replaced, 1)
         of_what = "sample, entries replaced since among them" if self.replaced else "sample"
         roles = ", ".join(f"{count:,} {role}" for role, count in self.roles.items())
-        state = "complete" if self.sealed else "NOT complete"
+        unfinished = "usable, but what is being added is NOT complete" if self.usable else "NOT complete"
+        state = "complete" if self.sealed else unfinished
         if self.sealed and self.written == 0:
             state += " (not verified: segkd cache verify checks every byte)"
         done = f"; {self.written:,} samples in {self.seconds:.1f} s" if self.written else "; nothing to do"
@@ -200,6 +203,7 @@ def summarise(
         float32_pixels_bytes=4 * classes * totals["pixels"],
         float16_grid_bytes=2 * classes * totals["cells"],
         sealed=reader.sealed,
+        usable=bool(reader.generations) and reader.generations[0].sealed,
         report=report,
     )
 
