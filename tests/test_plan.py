@@ -220,6 +220,23 @@ def test_a_bound_near_the_teachers_own_noise_is_pointed_out(sized: RunConfig) ->
     assert any("max_kl 0.05 is over a tenth of the teacher's disagreement" in text for text in foretold.warnings)
 
 
+def test_cells_that_show_what_is_not_cached_are_pointed_out(run: Path) -> None:
+    noisy(run, {"a": (64, 80), "b": (48, 96), "c": (32, 40), "d": (64, 80)}, 4)
+    colours = ["red", "green", "blue"]
+    dropped = [
+        'data.classes=["red", "green"]',
+        'data.label_values={0 = "red", 1 = "green", 2 = "ignore"}',
+        f"teacher.classes={colours}",
+        'teacher.class_map={blue = "ignore"}',
+    ]
+    foretold = planning.plan(load(run, dropped), samples=4)
+    assert 0.1 < foretold.ignored_cells < 0.5
+    (warning,) = [text for text in foretold.warnings if "class_map" in text]
+    assert warning.startswith(
+        f"teacher.class_map ignores blue, with most of the probability in {foretold.ignored_cells:.1%} of the cells: "
+    )
+
+
 # Amounts of bytes
 
 

@@ -178,3 +178,22 @@ def test_every_other_preprocessing_differs_and_leads_back() -> None:
     for other in others.values():
         assert usual in checks.other_preprocessings(other).values()
     assert len(checks.other_preprocessings(PLAIN)) == 2
+
+
+# Classes that are ignored
+
+
+def test_cells_in_which_an_ignored_class_has_most_of_the_probability() -> None:
+    """Its own channel is looked at, wherever the network has it, and cells in the padding are not."""
+    image = np.zeros((32, 48, 3), np.uint8)
+    image[:, :12, 0] = image[:, 12:, 2] = 255
+    grey = np.full((32, 48, 3), 128, np.uint8)
+    padded = replace(PLAIN, pad=32)
+    config = NetworkConfig(
+        reference="mine", preprocessing=padded, classes=("blue", "red", "green"), class_map={"blue": "ignore"}
+    )
+    predictor = Predictor(Brightest(roll=1), config, ("red", "green"))
+    assert predictor.ignored == {"blue": 0}
+    assert checks.ignored_cells(predictor, [("image", image)]) == 0.75
+    assert checks.ignored_cells(predictor, [("image", image), ("grey", grey)]) == 0.375
+    assert checks.ignored_cells(asked(Brightest()), [("image", image)]) == 0.0

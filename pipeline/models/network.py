@@ -124,7 +124,8 @@ class NetworkConfig:
     """Its classes in channel order; none: those of the data."""
     class_map: dict[str, str] = field(default_factory=dict)
     """Its classes -> classes of the data, many to one; a class of the same name needs no entry. "ignore" drops one
-    (``background = "ignore"``), and the others share what it had, in proportion, even where that is nearly all."""
+    (``background = "ignore"``), and the others share what it had, in proportion, even where that is nearly all;
+    ``segkd plan`` says in how many cells."""
 
 
 @dataclass(frozen=True, kw_only=True)

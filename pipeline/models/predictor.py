@@ -7,6 +7,7 @@ Shapes: images H,W,3 uint8; log-probabilities N,C,h,w float32, C the data's clas
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -114,6 +115,9 @@ class Predictor:
         self.views = views_of(config)
         self._plain = View(1.0, config.preprocessing, mirrored=False)
         self._groups = class_groups(config, classes)
+        used = {*range(len(classes))} if self._groups is None else {*itertools.chain(*self._groups)}
+        self.ignored = {name: number for number, name in enumerate(config.classes or classes) if number not in used}
+        """The network's classes that ``class_map`` ignores, and their channels."""
 
     def mapping(self, height: int, width: int) -> Mapping:
         """Where the cells of an answer lie in an image of ``height`` x ``width`` pixels."""
@@ -135,6 +139,14 @@ class Predictor:
         """Log-probabilities of images of one size, and where their cells lie in each image. Raises as :meth:`infer`."""
         height, width = images[0].shape[:2]
         return self.infer(batched([self.prepare(image) for image in images]), (height, width), names)
+
+    @torch.inference_mode()
+    def ignored_share(self, image: npt.NDArray[np.uint8]) -> Tensor:
+        """What :attr:`ignored` classes have of the probability, h,w: in the kept cells of the plain image."""
+        rows, columns = self._plain.kept_cells(self.grid, *image.shape[:2])[1]
+        logits_1Chw = self.logits(self._plain.prepare(image)[None].to(self.device)).float()
+        share_hw = logits_1Chw.softmax(1)[0, list(self.ignored.values())].sum(0)
+        return share_hw[rows.start : rows.stop, columns.start : columns.stop]
 
     @torch.inference_mode()
     def infer(

@@ -100,6 +100,18 @@ def self_disagreement(predictor: Predictor, images: Iterable[tuple[str, Pixels]]
     return {kind: sum(values) / len(values) if values else None for kind, values in found.items()}
 
 
+def ignored_cells(predictor: Predictor, images: Iterable[tuple[str, Pixels]]) -> float:
+    """The share of the cells in which classes that ``class_map`` ignores have more than half of the probability.
+
+    ``images``: name and pixels; the mean of their shares. What the other classes have there is little, and is what is
+    cached all the same, scaled up to 1.
+    """
+    if not predictor.ignored:
+        return 0.0
+    shares = [float((predictor.ignored_share(image_HW3) > 0.5).double().mean()) for _, image_HW3 in images]
+    return sum(shares) / len(shares)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """Another description of the teacher, and how it does on the same labels."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ CHECKED = 8
 UNIT_SECONDS = (30.0, 180.0)
 """A unit that takes less makes more files than it need, one that takes more loses more with an interruption."""
 PROPOSED_SECONDS = 90.0
+IGNORED = 0.01
+"""Share of the cells from which on it is told that they show what is ignored."""
 ROUNDING = 1e-6
 """Nats that two answers of float32 networks differ by though they are the same."""
 
@@ -65,6 +67,8 @@ class Foretold:
     """The same in passes over the samples that it trains on."""
     disagreement: dict[str, float | None]
     """The teacher against itself, see :func:`segkd.pipeline.teacher.checks.self_disagreement`."""
+    ignored_cells: float
+    """The share of its cells that show what is not cached, see :func:`segkd.pipeline.teacher.checks.ignored_cells`."""
     fit: checks.Fit | None
     """The teacher on labelled images; None where there are none of role select or train."""
     warnings: tuple[str, ...]
@@ -130,7 +134,7 @@ def plan(run: RunConfig, *, samples: int = TRIED) -> Foretold:
     an_image = tried.seconds / tried.timed_pixels * _input_pixels(opened) / len(opened.planned)
     seconds = an_image * len(opened.planned)
     steps, epochs = _break_even(run, opened, units.spec.roles, seconds, tried.parts["infer"] / tried.timed_pixels)
-    disagreement, fit = _checked(opened, tried.parts["infer"] / tried.timed)
+    disagreement, ignored, fit = _checked(opened, tried.parts["infer"] / tried.timed)
     free = shutil.disk_usage(_nearest(Path(config.path))).free
     unit_samples = len(opened.planned) / len(units.units)
     return Foretold(
@@ -155,8 +159,12 @@ def plan(run: RunConfig, *, samples: int = TRIED) -> Foretold:
         pays_after_steps=steps,
         pays_after_epochs=epochs,
         disagreement=disagreement,
+        ignored_cells=ignored,
         fit=fit,
-        warnings=tuple(_warnings(run, volume, free, disagreement, fit)),
+        warnings=(
+            *_warnings(run, volume, free, disagreement, fit),
+            *_ignored_warnings(opened.predictor.ignored, ignored),
+        ),
     )
 
 
@@ -194,16 +202,17 @@ def _break_even(
     return steps, steps * images / max(roles.get(Role.TRAIN, 0) + roles.get(Role.AUXILIARY, 0), 1)
 
 
-def _checked(opened: Opened, an_image: float) -> tuple[dict[str, float | None], checks.Fit | None]:
-    """Both checks of the teacher, on as many images as their time allows."""
+def _checked(opened: Opened, an_image: float) -> tuple[dict[str, float | None], float, checks.Fit | None]:
+    """The checks of the teacher, on as many images as their time allows."""
     # The four views take as much as seven images, the other descriptions at most four.
     count = max(min(int(CHECK_SECONDS / (8 * an_image + 1e-9)), CHECKED), 2)
-    images = ((sample.id, opened.data.image(opened.samples[sample.id])) for sample in _every(opened.planned, count))
+    images = [(sample.id, opened.data.image(opened.samples[sample.id])) for sample in _every(opened.planned, count)]
     disagreement = checks.self_disagreement(opened.predictor, images)
+    ignored = checks.ignored_cells(opened.predictor, images)
     labelled = checks.labelled_samples(opened.data)
     if not labelled:
-        return disagreement, None
-    return disagreement, checks.fit(opened.predictor, opened.data, _every(labelled, count))
+        return disagreement, ignored, None
+    return disagreement, ignored, checks.fit(opened.predictor, opened.data, _every(labelled, count))
 
 
 def _every(samples: Sequence[Any], count: int) -> list[Any]:
@@ -245,6 +254,16 @@ def _warnings(
             f"({fit.constant:.1f}); check its weights, and whether its classes are those of the labels"
         )
     return warnings
+
+
+def _ignored_warnings(classes: Iterable[str], share: float) -> list[str]:
+    if share < IGNORED:
+        return []
+    return [
+        f"teacher.class_map ignores {', '.join(classes)}, with most of the probability in {share:.1%} of the cells: "
+        "what is cached there is how the teacher ranks what it does not see; give such pixels a class of the data, or "
+        "leave out images that show little else"
+    ]
 
 
 def _fit_lines(fit: checks.Fit) -> list[str]:
