@@ -25,7 +25,7 @@ from segkd.pipeline.data.sample import IGNORE
 from segkd.pipeline.memory import keep_freed_memory
 from segkd.pipeline.resample import to_pixels
 from segkd.pipeline.student.label_loss import summed_cross_entropy
-from segkd.pipeline.student.ohem import hard_labels
+from segkd.pipeline.student.ohem import mine_hard_pixels
 from segkd.storage.geometry import Mapping, network_axis
 
 SHAPES = {
@@ -44,7 +44,9 @@ def at_all_pixels(logits_NChw: Tensor, mapping: Mapping, labels_NHW: Tensor) -> 
 
 
 def of_hard_pixels(logits_NChw: Tensor, mapping: Mapping, labels_NHW: Tensor) -> Tensor:
-    return summed_cross_entropy(logits_NChw, mapping, hard_labels(logits_NChw, mapping, labels_NHW, 0.7, 1 / 16))
+    return summed_cross_entropy(
+        logits_NChw, mapping, mine_hard_pixels(logits_NChw, mapping, labels_NHW, 0.7, 1 / 16)[0]
+    )
 
 
 LOSSES: dict[str, Loss] = {"segkd": summed_cross_entropy, "ohem": of_hard_pixels, "torch": at_all_pixels}

@@ -76,7 +76,7 @@ def pixel_tiles(
     and work do not grow with the image's width. A value of -inf takes part as -1e30. Without gradient.
     """
     values = values_NChw.detach().float().clamp(min=_LOWEST)
-    side = max(math.isqrt(TILE_BYTES // (4 * values.shape[0] * values.shape[1])), 1)
+    side = max(math.isqrt(TILE_BYTES // (4 * max(values.shape[0], 1) * values.shape[1])), 1)
     columns = tiles(mapping.x, width, side)
     for pixels_y, cells_y, weights_th in tiles(mapping.y, height, side):
         for pixels_x, cells_x, weights_uw in columns:

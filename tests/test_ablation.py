@@ -112,6 +112,18 @@ def test_what_the_built_in_arms_are(run: Path) -> None:
     assert (pseudo.pseudo_labels.form, pseudo.zero_order.weight, pseudo.first_order.weight) == ("hard", 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("setting", "other"),
+    [
+        ("train.auxiliary=0", "augment.cutmix=0.5"),
+        ("loss.ohem_threshold=0", "loss.ohem_min_kept=0.5"),
+        ("loss.cross_entropy=0", "loss.ohem_threshold=0.7"),
+    ],
+)
+def test_settings_that_do_nothing_make_no_difference(run: Path, setting: str, other: str) -> None:
+    assert effective(read(run, setting)) == effective(read(run, setting, other))
+
+
 def test_an_arm_can_be_trained_by_hand_with_the_settings_that_are_listed(run: Path) -> None:
     for arm in resolve_arms(read(run), 2.0).values():
         assert replace(read(run, *arm.settings), ablate=arm.run.ablate) == arm.run

@@ -22,7 +22,7 @@ from segkd.pipeline.data.sample import IGNORE
 from segkd.pipeline.resample import to_pixels
 from segkd.pipeline.student import label_loss
 from segkd.pipeline.student.label_loss import summed_cross_entropy
-from segkd.pipeline.student.ohem import hard_labels
+from segkd.pipeline.student.ohem import mine_hard_pixels
 from segkd.storage.geometry import Axis, Mapping
 
 Drawn = tuple[Tensor, Mapping, Tensor, Tensor | None, float]
@@ -175,61 +175,69 @@ def test_labels_of_classes_that_are_not_there_are_refused() -> None:
 
 
 @given(drawn(), st.sampled_from([0.01, 0.3, 0.7, 0.99]), st.sampled_from([0.001, 1 / 16, 0.5, 1.0]))
-def test_the_hard_pixels_are_those_of_the_definition(inputs: Drawn, below: float, least: float) -> None:
+def test_hard_pixels_are_those_of_the_definition(inputs: Drawn, threshold: float, min_kept: float) -> None:
     """Looking at one pixel after the other, up to what rounding does to a probability."""
     logits_NChw, mapping, labels_NHW, weights_C, _ = inputs
     weights_C = None if weights_C is None else (weights_C - 0.5).clamp(min=0)
-    found_NHW = hard_labels(logits_NChw, mapping, labels_NHW, below, least, weights_C)
+    mined_NHW, share = mine_hard_pixels(logits_NChw, mapping, labels_NHW, threshold, min_kept, weights_C)
     probabilities_NCHW = to_pixels(logits_NChw, mapping, *labels_NHW.shape[1:]).double().softmax(1)
-    for labels_HW, found_HW, probabilities_CHW in zip(labels_NHW, found_NHW, probabilities_NCHW, strict=True):
+    pixels, all_kept = 0, 0
+    for labels_HW, mined_HW, probabilities_CHW in zip(labels_NHW, mined_NHW, probabilities_NCHW, strict=True):
         met: dict[tuple[int, int], float] = {}
         for y, x in torch.cartesian_prod(*(torch.arange(side) for side in labels_HW.shape)).tolist():
             label = int(labels_HW[y, x])
             if label != IGNORE and (weights_C is None or weights_C[label] > 0):
                 met[y, x] = float(probabilities_CHW[label, y, x])
             else:
-                assert found_HW[y, x] == IGNORE
-        wanted = math.ceil(least * len(met))
-        limit = max(below, sorted(met.values())[wanted - 1]) if met else below
-        kept = 0
-        for place, probability in met.items():
-            is_kept = found_HW[place] != IGNORE
-            kept += int(is_kept)
-            assert found_HW[place] in (labels_HW[place], IGNORE)
-            assert abs(probability - limit) < 1e-5 or is_kept == (probability < limit)
-        assert kept >= wanted
+                assert mined_HW[y, x] == IGNORE
+        wanted = math.ceil(min_kept * len(met))
+        limit = max(threshold, sorted(met.values())[wanted - 1]) if met else threshold
+        kept = {place for place in met if mined_HW[place] != IGNORE}
+        assert all(mined_HW[place] == labels_HW[place] for place in kept)
+        assert all(abs(met[place] - limit) < 1e-5 or (place in kept) == (met[place] < limit) for place in met)
+        assert len(kept) == wanted or (len(kept) > wanted and all(met[place] < threshold + 1e-5 for place in kept))
+        pixels, all_kept = pixels + len(met), all_kept + len(kept)
+    assert share == all_kept / max(pixels, 1)
 
 
-def test_a_crop_is_hard_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crop_is_mined_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where tiles, whose size depends on the number of crops, are of a pixel."""
     generator = torch.Generator().manual_seed(0)
     logits_NChw = 3 * torch.randn((4, 3, 3, 4), generator=generator)
     labels_NHW = torch.randint(0, 3, (4, 12, 16), generator=generator)
     mapping = Mapping(Axis(4, 1.5, 3), Axis(4, 1.5, 4))
-    together_NHW = hard_labels(logits_NChw, mapping, labels_NHW, 0.3, 0.25)
+    together_NHW, share = mine_hard_pixels(logits_NChw, mapping, labels_NHW, 0.3, 0.25)
     monkeypatch.setattr(resample, "TILE_BYTES", 1)
     alone = [
-        hard_labels(logits_NChw[n : n + 1], mapping, labels_NHW[n : n + 1], 0.3, 0.25) for n in range(len(labels_NHW))
+        mine_hard_pixels(logits_NChw[n : n + 1], mapping, labels_NHW[n : n + 1], 0.3, 0.25)[0]
+        for n in range(len(labels_NHW))
     ]
     assert torch.equal(together_NHW, torch.cat(alone))
-    assert 0 < (together_NHW != IGNORE).sum() < labels_NHW.numel()
+    assert 0 < share < 1
 
 
-def test_a_crop_that_is_known_keeps_its_least() -> None:
-    """Ties included; one without a label keeps nothing."""
-    logits_NChw = torch.tensor([9.0, 0.0])[None, :, None, None].expand(2, 2, 1, 4).clone()
-    logits_NChw[0, 1] = torch.arange(4.0)
+@pytest.mark.parametrize("margin", [9.0, 90.0])
+def test_a_crop_that_is_known_keeps_no_more_than_the_least(margin: float) -> None:
+    """Also where all of its probabilities are the same, or exactly 1; a crop without a label keeps nothing."""
+    logits_NChw = torch.tensor([margin, 0.0])[None, :, None, None].expand(2, 2, 1, 4).clone()
     labels_NHW = torch.tensor([[[0, 0, 0, 0]], [[IGNORE] * 4]])
     mapping = Mapping(Axis(1, 0, 1), Axis(1, 0, 4))
-    found_NHW = hard_labels(logits_NChw, mapping, labels_NHW, 0.7, 0.3)
-    assert found_NHW.tolist() == [[[IGNORE, IGNORE, 0, 0]], [[IGNORE] * 4]]
-    tied_NHW = hard_labels(logits_NChw[1:], mapping, labels_NHW[:1], 0.7, 0.3)
-    assert tied_NHW.tolist() == [[[0, 0, 0, 0]]]
+    mined_NHW, share = mine_hard_pixels(logits_NChw, mapping, labels_NHW, 0.7, 0.3)
+    assert mined_NHW.tolist() == [[[0, 0, IGNORE, IGNORE]], [[IGNORE] * 4]]
+    assert share == 0.5
+    logits_NChw[0] = torch.tensor([[[9.0] * 4], [[0.0, 1.0, 2.0, 3.0]]])
+    assert mine_hard_pixels(logits_NChw, mapping, labels_NHW, 0.7, 0.3)[0][0].tolist() == [[IGNORE, IGNORE, 0, 0]]
 
 
-def test_what_is_not_a_number_is_hard() -> None:
-    """So that the loss is not finite either, and the step is refused."""
-    logits_NChw = torch.tensor([[9.0, math.nan], [0.0, 0.0]])[None, :, None, :]
-    mapping = Mapping(Axis(1, 0, 1), Axis(1, 0, 2))
-    labels_NHW = torch.zeros((1, 1, 2), dtype=torch.long)
-    assert hard_labels(logits_NChw, mapping, labels_NHW, 0.7, 1 / 16)[0, 0, 1] == 0
+def test_what_is_not_a_number_is_hard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the loss is not finite either, and the step is refused; also where another pixel is hard enough."""
+    monkeypatch.setattr(resample, "TILE_BYTES", 1)  # in one tile, 0 times what is not a number is none either
+    logits_NChw = torch.tensor([[0.0, 9.0, math.nan], [9.0, 0.0, 0.0]])[None, :, None, :]
+    mapping = Mapping(Axis(1, 0, 1), Axis(1, 0, 3))
+    mined_NHW, _ = mine_hard_pixels(logits_NChw, mapping, torch.zeros((1, 1, 3), dtype=torch.long), 0.7, 1 / 16)
+    assert mined_NHW.tolist() == [[[0, IGNORE, 0]]]
+
+
+def test_without_crops_there_is_nothing_to_mine() -> None:
+    mined_NHW, share = mine_hard_pixels(EXAMPLE[0][:0], EXAMPLE[1], EXAMPLE[2][:0], 0.7, 1 / 16)
+    assert (mined_NHW.shape, share) == (EXAMPLE[2][:0].shape, 0)

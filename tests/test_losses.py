@@ -331,8 +331,8 @@ def test_label_smoothing_is_torchs(weights: Tensor | None) -> None:
     [
         ({"cross_entropy": -1.0}, "loss.cross_entropy is -1.0; expected a finite number of at least 0 (0 = off)"),
         ({"label_smoothing": 1.5}, "loss.label_smoothing is 1.5; expected a share, 0 to 1 (0 = none)"),
-        ({"ohem": 1.0}, "loss.ohem is 1.0; expected a probability of at least 0 and below 1 (0 = all pixels)"),
-        ({"ohem_least": 0.0}, "loss.ohem_least is 0.0; expected a share above 0, at most 1"),
+        ({"ohem_threshold": 1.0}, "loss.ohem_threshold is 1.0; expected a probability, 0 to below 1 (0 = off)"),
+        ({"ohem_min_kept": 0.0}, "loss.ohem_min_kept is 0.0; expected a share above 0, at most 1"),
     ],
 )
 def test_bad_settings(values: dict[str, Any], message: str) -> None:

@@ -23,6 +23,7 @@ from segkd.cli.main import main
 from segkd.pipeline.config import RunConfig, load
 from segkd.pipeline.data.sample import Role
 from segkd.pipeline.sizes import UNITS, format_bytes, parse_bytes
+from segkd.pipeline.teacher import checks
 from segkd.pipeline.teacher import plan as planning
 from segkd.pipeline.teacher.budget import BOUNDS, resolve_budget
 from segkd.pipeline.teacher.cache import teacher_cache
@@ -233,8 +234,16 @@ def test_cells_that_show_what_is_not_cached_are_pointed_out(run: Path) -> None:
     assert 0.1 < foretold.ignored_cells < 0.5
     (warning,) = [text for text in foretold.warnings if "class_map" in text]
     assert warning.startswith(
-        f"teacher.class_map ignores blue, with most of the probability in {foretold.ignored_cells:.1%} of the cells: "
+        f"in {foretold.ignored_cells:.1%} of the cells that were looked at the teacher gives more "
     )
+    assert "to what teacher.class_map ignores (blue); the cache holds the rest, scaled up to 1: " in warning
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.009, False), (0.011, True)])
+def test_a_few_such_cells_are_not(run: Path, monkeypatch: pytest.MonkeyPatch, share: float, told: bool) -> None:
+    monkeypatch.setattr(checks, "ignored_cells", lambda *_: share)
+    foretold = planning.plan(load(run), samples=4)
+    assert any("class_map" in text for text in foretold.warnings) == told
 
 
 # Amounts of bytes

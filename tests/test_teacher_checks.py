@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from segkd.pipeline.config import load
 from segkd.pipeline.data.readers import open_data
 from segkd.pipeline.data.sample import DataSource, Role
-from segkd.pipeline.models.network import Grid, NetworkConfig, Preprocessing
+from segkd.pipeline.models.network import Grid, NetworkConfig, Preprocessing, TeacherConfig, Views
 from segkd.pipeline.models.predictor import Predictor
 from segkd.pipeline.teacher import checks
 from segkd.storage.errors import NetworkError
@@ -183,17 +183,35 @@ def test_every_other_preprocessing_differs_and_leads_back() -> None:
 # Classes that are ignored
 
 
-def test_cells_in_which_an_ignored_class_has_most_of_the_probability() -> None:
-    """Its own channel is looked at, wherever the network has it, and cells in the padding are not."""
+class BlueWhenSmall(Brightest):
+    """Calls blue all that it sees on a small scale."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + (images.shape[-1] < 48) * 9 * torch.eye(3)[2, :, None, None]
+
+
+def test_cells_in_which_ignored_classes_have_most_of_the_probability() -> None:
+    """Wherever their channels are, and however many; cells in the padding do not count, and each view does."""
     image = np.zeros((32, 48, 3), np.uint8)
     image[:, :12, 0] = image[:, 12:, 2] = 255
-    grey = np.full((32, 48, 3), 128, np.uint8)
-    padded = replace(PLAIN, pad=32)
-    config = NetworkConfig(
-        reference="mine", preprocessing=padded, classes=("blue", "red", "green"), class_map={"blue": "ignore"}
-    )
-    predictor = Predictor(Brightest(roll=1), config, ("red", "green"))
-    assert predictor.ignored == {"blue": 0}
-    assert checks.ignored_cells(predictor, [("image", image)]) == 0.75
-    assert checks.ignored_cells(predictor, [("image", image), ("grey", grey)]) == 0.375
-    assert checks.ignored_cells(asked(Brightest()), [("image", image)]) == 0.0
+    images = [("image", image), ("grey", np.full((32, 48, 3), 128, np.uint8))]
+
+    def predictor(meanings: dict[str, str], *classes: str, views: Views | None = None) -> Predictor:
+        config = TeacherConfig(
+            reference="mine",
+            preprocessing=replace(PLAIN, pad=32),
+            classes=classes,
+            class_map=meanings,
+            views=views or Views(),
+        )
+        known = dict.fromkeys(meanings.get(name, name) for name in classes)
+        return Predictor(BlueWhenSmall(), config, [name for name in known if name != "ignore"])
+
+    ignoring = predictor({"blue": "ignore"}, "red", "green", "blue")
+    assert checks.ignored_cells(ignoring, images[:1]) == 0.75
+    assert checks.ignored_cells(ignoring, images) == 0.375
+    assert checks.ignored_cells(predictor({"void": "ignore"}, "void", "green", "void"), images[:1]) == 1
+    assert checks.ignored_cells(predictor({"red": "warm", "blue": "warm"}, "red", "green", "blue"), images) == 0
+    assert checks.ignored_cells(predictor({}, "red", "green", "blue"), images) == 0
+    at_two_scales = predictor({"blue": "ignore"}, "red", "green", "blue", views=Views(scales=(0.5, 1.0)))
+    assert checks.ignored_cells(at_two_scales, images[1:]) == 0.5

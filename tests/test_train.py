@@ -211,14 +211,21 @@ def assert_same_tensors(one: Path, other: Path) -> None:
     assert not differing
 
 
-def first_batch(run: RunConfig) -> tuple[Trainer, Batch]:
+def first_batch(run: RunConfig, class_weights: torch.Tensor | None = None) -> tuple[Trainer, Batch]:
     """A trainer whose network has no dropout, and a batch for it."""
     run = replace(run, student=NetworkConfig(reference="deeplab-mobilenetv1", arguments={"width": 0.25}))
     student = run.the_student()
     inputs = open_inputs(run, student, distill=True)
     torch.manual_seed(0)
     network = load_network(student, len(CLASSES))
-    trainer = Trainer(network, run.train, inputs.objective, device=torch.device("cpu"), targets=inputs.targets)
+    trainer = Trainer(
+        network,
+        run.train,
+        inputs.objective,
+        device=torch.device("cpu"),
+        targets=inputs.targets,
+        class_weights=class_weights,
+    )
     return trainer, inputs.stream[0]
 
 
@@ -433,7 +440,7 @@ def test_a_run_that_is_older_than_a_setting_is_resumed(labels_only: RunConfig, t
         "knowledge.first_order.near",
         "knowledge.channel_wise",
         "loss.label_smoothing",
-        "loss.ohem",
+        "loss.ohem_threshold",
         "train.most_entropy",
         "train.class_weights",
         "student.preprocessing.pad",
@@ -771,28 +778,48 @@ def test_gradients_of_terms_are_those_at_the_logits(run: RunConfig) -> None:
         assert set(alone) == {"total", term}
 
 
-def test_labels_of_hard_pixels_alone(run: RunConfig) -> None:
-    """Mining changes what the labels teach, which is a mean over the pixels that are left, and nothing else."""
-    trainer, batch = first_batch(run)
+@pytest.mark.parametrize(("threshold", "min_kept"), [(0.32, 1e-6), (1e-6, 0.4)])
+def test_mining_leaves_labels_of_hard_pixels_alone(run: RunConfig, threshold: float, min_kept: float) -> None:
+    """It changes what the labels teach, which is a weighted mean over the pixels that are left, and nothing else."""
+    weights = torch.tensor([0.0, 1.0, 3.0])
+    trainer, batch = first_batch(run, weights)
     seen: list[torch.Tensor] = []
     trainer.network.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.detach()))
     plain = trainer.step(batch, 0, measure=True)
     assert "hard_pixels" not in plain
-    (height, width), labelled = batch.labels_NHW.shape[1:], batch.labelled_N
+    logits_NChw, (height, width) = seen[0].requires_grad_(), batch.labels_NHW.shape[1:]
     mapping = trainer.network.grid.mapping_in((height, width), (height, width))
-    log_probs_NCHW = to_pixels(seen[0][labelled], mapping, height, width).log_softmax(1)
-    losses_NHW = functional.nll_loss(log_probs_NCHW, batch.labels_NHW[labelled], ignore_index=255, reduction="none")
-    losses = losses_NHW[batch.labels_NHW[labelled] != 255]
-    below = math.exp(-losses.median().item()) + 1e-4
-    hard = losses[losses > -math.log(below)]
-    assert 0.4 * len(losses) < len(hard) < 0.9 * len(losses)
-    trainer, batch = first_batch(replace(run, loss=LossConfig(ohem=below, ohem_least=1e-6)))
+    log_probs_NCHW = to_pixels(logits_NChw, mapping, height, width).log_softmax(1)
+    losses_NHW = functional.nll_loss(log_probs_NCHW, batch.labels_NHW, ignore_index=255, reduction="none")
+    counts_NHW = (batch.labels_NHW != 255) & (batch.labels_NHW != 0)
+    hard_NHW = counts_NHW & (losses_NHW > -math.log(threshold))
+    for hard_HW, losses_HW, counts_HW in zip(hard_NHW, losses_NHW, counts_NHW, strict=True):
+        wanted = math.ceil(min_kept * int(counts_HW.sum()))
+        if hard_HW.sum() < wanted:
+            order = losses_HW[counts_HW].sort(descending=True, stable=True).indices
+            hard_HW[counts_HW] = (torch.arange(len(order))[:, None] == order[:wanted]).any(1)
+    share = float(hard_NHW.sum() / counts_NHW.sum())
+    assert 0.05 < share < 0.95
+    expected = functional.nll_loss(
+        log_probs_NCHW, batch.labels_NHW.masked_fill(~hard_NHW, 255), weights, ignore_index=255
+    )
+    (gradient_NChw,) = torch.autograd.grad(expected, logits_NChw)
+    mining = replace(run, loss=LossConfig(ohem_threshold=threshold, ohem_min_kept=min_kept))
+    trainer, batch = first_batch(mining, weights)
     mined = trainer.step(batch, 0, measure=True)
-    assert mined["hard_pixels"] == pytest.approx(len(hard) / len(losses), abs=1e-3)
-    assert mined["cross_entropy"] == pytest.approx(hard.mean().item(), rel=1e-4)
+    assert mined["hard_pixels"] == pytest.approx(share, abs=2e-3)
+    assert mined["cross_entropy"] == pytest.approx(expected.item(), rel=1e-3)
+    assert mined["gradient"]["cross_entropy"] == pytest.approx(gradient_NChw.norm().item(), rel=1e-2)
     for term in ("zero_order", "first_order"):
         assert mined[term] == plain[term]
         assert mined["gradient"][term] == plain["gradient"][term]
+
+
+def test_mining_in_a_batch_without_labels(run: RunConfig) -> None:
+    unlabelled = change(replace(run, loss=LossConfig(ohem_threshold=0.7)), labelled=0, auxiliary=3)
+    trainer, batch = first_batch(unlabelled)
+    measured = trainer.step(batch, 0)
+    assert (measured["cross_entropy"], measured["hard_pixels"]) == (0, 0)
 
 
 def test_clipping_bounds_the_step(run: RunConfig) -> None:

@@ -174,6 +174,8 @@ def effective(run: RunConfig) -> dict[str, Any]:
             del tables[table][key]
         if run.train.batch_norm != "frozen":
             tables["train"]["batch_norm"] = "joint"  # all of a batch is of one kind
+    if not (run.loss.cross_entropy and run.loss.ohem_threshold):
+        del tables["loss"]["ohem_threshold"], tables["loss"]["ohem_min_kept"]
     if not tables["knowledge"]:
         tables["train"]["teacher_view"] = "cache"  # nobody looks
     return {key: value for key, value in leaves(tables) if not is_harmless(key)}

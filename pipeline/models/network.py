@@ -125,7 +125,7 @@ class NetworkConfig:
     class_map: dict[str, str] = field(default_factory=dict)
     """Its classes -> classes of the data, many to one; a class of the same name needs no entry. "ignore" drops one
     (``background = "ignore"``), and the others share what it had, in proportion, even where that is nearly all;
-    ``segkd plan`` says in how many cells."""
+    ``segkd plan`` warns where that is in many cells."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,8 +116,8 @@ class Predictor:
         self._plain = View(1.0, config.preprocessing, mirrored=False)
         self._groups = class_groups(config, classes)
         used = {*range(len(classes))} if self._groups is None else {*itertools.chain(*self._groups)}
-        self.ignored = {name: number for number, name in enumerate(config.classes or classes) if number not in used}
-        """The network's classes that ``class_map`` ignores, and their channels."""
+        self.ignored = [channel for channel in range(len(config.classes or classes)) if channel not in used]
+        """The network's channels of classes that ``class_map`` ignores."""
 
     def mapping(self, height: int, width: int) -> Mapping:
         """Where the cells of an answer lie in an image of ``height`` x ``width`` pixels."""
@@ -141,12 +141,16 @@ class Predictor:
         return self.infer(batched([self.prepare(image) for image in images]), (height, width), names)
 
     @torch.inference_mode()
-    def ignored_share(self, image: npt.NDArray[np.uint8]) -> Tensor:
-        """What :attr:`ignored` classes have of the probability, h,w: in the kept cells of the plain image."""
-        rows, columns = self._plain.kept_cells(self.grid, *image.shape[:2])[1]
-        logits_1Chw = self.logits(self._plain.prepare(image)[None].to(self.device)).float()
-        share_hw = logits_1Chw.softmax(1)[0, list(self.ignored.values())].sum(0)
-        return share_hw[rows.start : rows.stop, columns.start : columns.stop]
+    def ignored_cells(self, image: npt.NDArray[np.uint8]) -> float:
+        """The share of its cells in which :attr:`ignored` channels have more than half of the probability: the mean of
+        its views."""
+        shares = []
+        for view in self.views:
+            rows, columns = view.kept_cells(self.grid, *image.shape[:2])[1]
+            logits_1Chw = self.logits(view.prepare(image)[None].to(self.device)).float()
+            ignored_hw = logits_1Chw.softmax(1)[0, self.ignored].sum(0)
+            shares.append((ignored_hw[rows.start : rows.stop, columns.start : columns.stop] > 0.5).double().mean())
+        return float(torch.stack(shares).mean())
 
     @torch.inference_mode()
     def infer(

@@ -36,20 +36,19 @@ class LossConfig:
     evidence: ClassVar[Evidence] = {
         "cross_entropy": None,
         "label_smoothing": Row("camvid-s.md", "label-smoothing"),
-        "ohem": None,
-        "ohem_least": None,
+        "ohem_threshold": None,
+        "ohem_min_kept": None,
     }
 
     cross_entropy: float = 1.0
     """Weight of the cross-entropy with the labels; 0 = off, and never computed."""
     label_smoothing: float = 0.0
     """What the classes share out equally of a label's probability of 1, as torch's; 0 = none."""
-    ohem: float = 0.0
-    """Online hard example mining: only pixels whose label the student gives a probability below this are learned from;
-    customary is 0.7; 0 = all pixels."""
-    ohem_least: float = 1 / 16
-    """Share of a crop's labelled pixels that are learned from at any rate under ``ohem``: those of the smallest
-    probability."""
+    ohem_threshold: float = 0.0
+    """Online hard example mining: the cross-entropy is of those pixels alone to whose label the student gives a
+    probability below this; 0.7 is common; 0 = off, all pixels."""
+    ohem_min_kept: float = 1 / 16
+    """Share of a crop's labelled pixels that mining keeps where fewer are hard: those of the smallest probability."""
     allow_unpromised: bool = False
     """Whether knowledge may be read of a cache that gives no bound on the coding error that matters to it."""
 
@@ -60,12 +59,12 @@ class LossConfig:
             )
         if not 0 <= self.label_smoothing <= 1:
             raise ConfigError(f"loss.label_smoothing is {self.label_smoothing}; expected a share, 0 to 1 (0 = none)")
-        if not 0 <= self.ohem < 1:
+        if not 0 <= self.ohem_threshold < 1:
             raise ConfigError(
-                f"loss.ohem is {self.ohem}; expected a probability of at least 0 and below 1 (0 = all pixels)"
+                f"loss.ohem_threshold is {self.ohem_threshold}; expected a probability, 0 to below 1 (0 = off)"
             )
-        if not 0 < self.ohem_least <= 1:
-            raise ConfigError(f"loss.ohem_least is {self.ohem_least}; expected a share above 0, at most 1")
+        if not 0 < self.ohem_min_kept <= 1:
+            raise ConfigError(f"loss.ohem_min_kept is {self.ohem_min_kept}; expected a share above 0, at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)

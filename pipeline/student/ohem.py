@@ -15,20 +15,21 @@ from segkd.pipeline.resample import pixel_tiles
 from segkd.storage.geometry import Mapping
 
 
-def hard_labels(
+def mine_hard_pixels(
     logits_NChw: Tensor,
     mapping: Mapping,
     labels_NHW: Tensor,
-    below: float,
-    least: float,
+    threshold: float,
+    min_kept: float,
     class_weights_C: Tensor | None = None,
-) -> Tensor:
-    """``labels_NHW`` with :data:`IGNORE` where the logits, whose grid ``mapping`` places in the pixels, know the label.
+) -> tuple[Tensor, float]:
+    """``labels_NHW`` with :data:`IGNORE` where the label is known already; and the share of labelled pixels that stay.
 
-    That is where its class has a probability of ``below`` or more, but for the share ``least`` of a crop's labelled
-    pixels (rounded up) in which it has the smallest, which stay at any rate. Pixels whose class weighs 0 are not among
-    the labelled ones, and are ignored. Each crop is judged by itself, so what one teaches does not depend on which
-    others are in the batch, or on how many processes share it. A probability that is not a number is hard.
+    ``mapping`` places the logits' grid in the pixels. A pixel is hard, and keeps its label, if its class has a
+    probability below ``threshold``. A crop of which less than the share ``min_kept`` of the labelled pixels (rounded
+    up) is hard keeps so many, those of the smallest probability. Pixels whose class weighs 0 are ignored and do not
+    count as labelled. Each crop is mined by itself, so the result does not depend on what else is in the batch, or on
+    how many processes share it. A probability that is not a number is hard.
     """
     labelled_NHW = labels_NHW != IGNORE
     if class_weights_C is not None:
@@ -38,11 +39,16 @@ def hard_labels(
     for rows, columns, logits_NCtu in pixel_tiles(logits_NChw, mapping, *labels_NHW.shape[1:]):
         met_N1tu = logits_NCtu.log_softmax(1).gather(1, indices_N1HW[..., rows, columns])
         log_probs_NHW[:, rows, columns] = met_N1tu[:, 0]
-    easy_NHW = labelled_NHW & (log_probs_NHW >= math.log(below))
-    counts_N = torch.stack([labelled_NHW.sum((1, 2)), (labelled_NHW & ~easy_NHW).sum((1, 2))], 1).tolist()
-    for crop, (labelled, hard) in enumerate(counts_N):
-        wanted = math.ceil(least * labelled)
+    kept_NHW = labelled_NHW & ~(log_probs_NHW >= math.log(threshold))
+    counts_N2 = torch.stack([labelled_NHW.sum((1, 2)), kept_NHW.sum((1, 2))], 1).tolist()
+    kept_pixels = 0
+    for crop, (labelled, hard) in enumerate(counts_N2):
+        wanted = max(math.ceil(min_kept * labelled), hard)
+        kept_pixels += wanted
         if hard < wanted:
-            smallest = log_probs_NHW[crop][labelled_NHW[crop]].kthvalue(wanted).values
-            easy_NHW[crop] &= log_probs_NHW[crop] > smallest
-    return labels_NHW.masked_fill(easy_NHW | ~labelled_NHW, IGNORE)
+            # Counted rather than compared with the last one that is kept: many may have a probability of exactly 1.
+            places = labelled_NHW[crop].nonzero()
+            order = log_probs_NHW[crop][labelled_NHW[crop]].sort(stable=True).indices
+            kept_NHW[crop][tuple(places[order[:wanted]].T)] = True
+    share = kept_pixels / max(sum(labelled for labelled, _ in counts_N2), 1)
+    return labels_NHW.masked_fill(~kept_NHW, IGNORE), share

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from segkd.pipeline.data.batch import Batch, Sources
-from segkd.pipeline.data.sample import IGNORE
 from segkd.pipeline.models.layers import Network
 from segkd.pipeline.models.predictor import AUTOCAST_DTYPES
 from segkd.pipeline.student.batch_norm import BatchNorms
@@ -21,7 +20,7 @@ from segkd.pipeline.student.checkpoint import EMA, MODEL, load_weights, part
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.ema import Ema
 from segkd.pipeline.student.losses import Objective, loss_terms, total_loss
-from segkd.pipeline.student.ohem import hard_labels
+from segkd.pipeline.student.ohem import mine_hard_pixels
 from segkd.pipeline.student.optim import make_optimiser, set_learning_rate
 from segkd.storage import geometry
 from segkd.storage.errors import NetworkError, NonFiniteError
@@ -80,7 +79,7 @@ class Trainer:
         logits_NChw = self._forward(batch.images_N3HW, labelled)
         decoded = self._decoded(batch)
         objective = self.objective.at(step, self.config.steps)
-        batch, hard = self._of_hard_pixels(batch, logits_NChw, student)
+        batch, mined = self._mined(batch, logits_NChw, student)
         loss, terms = total_loss(logits_NChw, student, batch, decoded, objective, self._class_weights)
         norm = self._backward(loss)
         self._require_finite(step, loss, norm, terms)
@@ -93,7 +92,7 @@ class Trainer:
         if self._ema is not None:
             self._ema.update(step)
         measured = {name: term.item() for name, term in terms.items()}
-        return {"loss": loss.item(), **measured, **hard, "learning_rate": rate, "gradient": gradient}
+        return {"loss": loss.item(), **measured, **mined, "learning_rate": rate, "gradient": gradient}
 
     def _forward(self, images_N3HW: Tensor, labelled: int) -> Tensor:
         """Logits of a batch whose first ``labelled`` crops are labelled."""
@@ -110,19 +109,21 @@ class Trainer:
             )
         return logits_NChw
 
-    def _of_hard_pixels(
-        self, batch: Batch, logits_NChw: Tensor, student: geometry.Mapping
-    ) -> tuple[Batch, dict[str, float]]:
-        """Under ``loss.ohem`` the batch with the labels of hard pixels alone, and their share to be logged."""
+    def _mined(self, batch: Batch, logits_NChw: Tensor, student: geometry.Mapping) -> tuple[Batch, dict[str, float]]:
+        """Under ``loss.ohem_threshold`` the batch with the labels of hard pixels alone, and their share for the log."""
         loss, labelled = self.objective.loss, batch.labelled_N
-        if not (loss.cross_entropy and loss.ohem):
+        if not (loss.cross_entropy and loss.ohem_threshold):
             return batch, {}
-        before_NHW, after_NHW = batch.labels_NHW[labelled], batch.labels_NHW.clone()
-        after_NHW[labelled] = hard_labels(
-            logits_NChw[labelled], student, before_NHW, loss.ohem, loss.ohem_least, self._class_weights
+        labels_NHW = batch.labels_NHW.clone()
+        labels_NHW[labelled], share = mine_hard_pixels(
+            logits_NChw[labelled],
+            student,
+            labels_NHW[labelled],
+            loss.ohem_threshold,
+            loss.ohem_min_kept,
+            self._class_weights,
         )
-        share = (after_NHW != IGNORE).sum() / (before_NHW != IGNORE).sum().clamp(min=1)
-        return replace(batch, labels_NHW=after_NHW), {"hard_pixels": share.item()}
+        return replace(batch, labels_NHW=labels_NHW), {"hard_pixels": share}
 
     def _decoded(self, batch: Batch) -> Mapping[str, Tensor]:
         """The teacher's targets, where anything is learned of them."""

@@ -104,11 +104,12 @@ def ignored_cells(predictor: Predictor, images: Iterable[tuple[str, Pixels]]) ->
     """The share of the cells in which classes that ``class_map`` ignores have more than half of the probability.
 
     ``images``: name and pixels; the mean of their shares. What the other classes have there is little, and is what is
-    cached all the same, scaled up to 1.
+    cached all the same, scaled up to 1. Pixels that the data exclude are not left out: the teacher knows nothing of
+    them.
     """
     if not predictor.ignored:
         return 0.0
-    shares = [float((predictor.ignored_share(image_HW3) > 0.5).double().mean()) for _, image_HW3 in images]
+    shares = [predictor.ignored_cells(image_HW3) for _, image_HW3 in images]
     return sum(shares) / len(shares)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ from segkd.storage.layout import UNIT_BYTES, Plan
 TRIAL_SECONDS = 45.0
 """About so long the trial runs once the teacher is warm; it has two units at least."""
 CHECK_SECONDS = 20.0
-"""About so long each of the two checks of the teacher takes, two images at least."""
+"""About so long each check of the teacher takes, two images at least."""
 CHECKED = 8
 """Most images that each of them takes."""
 UNIT_SECONDS = (30.0, 180.0)
 """A unit that takes less makes more files than it need, one that takes more loses more with an interruption."""
 PROPOSED_SECONDS = 90.0
-IGNORED = 0.01
-"""Share of the cells from which on it is told that they show what is ignored."""
+IGNORED_CELLS_TOLD = 0.01
+"""Share of the cells in which the teacher's answer is mostly ignored from which on there is a warning."""
 ROUNDING = 1e-6
 """Nats that two answers of float32 networks differ by though they are the same."""
 
@@ -68,7 +68,7 @@ class Foretold:
     disagreement: dict[str, float | None]
     """The teacher against itself, see :func:`segkd.pipeline.teacher.checks.self_disagreement`."""
     ignored_cells: float
-    """The share of its cells that show what is not cached, see :func:`segkd.pipeline.teacher.checks.ignored_cells`."""
+    """Where its answer is mostly ignored, see :func:`segkd.pipeline.teacher.checks.ignored_cells`."""
     fit: checks.Fit | None
     """The teacher on labelled images; None where there are none of role select or train."""
     warnings: tuple[str, ...]
@@ -163,7 +163,7 @@ def plan(run: RunConfig, *, samples: int = TRIED) -> Foretold:
         fit=fit,
         warnings=(
             *_warnings(run, volume, free, disagreement, fit),
-            *_ignored_warnings(opened.predictor.ignored, ignored),
+            *_ignored_warnings(opened, ignored),
         ),
     )
 
@@ -256,13 +256,15 @@ def _warnings(
     return warnings
 
 
-def _ignored_warnings(classes: Iterable[str], share: float) -> list[str]:
-    if share < IGNORED:
+def _ignored_warnings(opened: Opened, share: float) -> list[str]:
+    if share < IGNORED_CELLS_TOLD:
         return []
+    names = opened.predictor.config.classes or opened.predictor.classes
+    ignored = ", ".join(dict.fromkeys(names[channel] for channel in opened.predictor.ignored))
     return [
-        f"teacher.class_map ignores {', '.join(classes)}, with most of the probability in {share:.1%} of the cells: "
-        "what is cached there is how the teacher ranks what it does not see; give such pixels a class of the data, or "
-        "leave out images that show little else"
+        f"in {share:.1%} of the cells that were looked at the teacher gives more than half of its probability to what "
+        f"teacher.class_map ignores ({ignored}); the cache holds the rest, scaled up to 1: make it a class of the data "
+        "or leave out images that show little else; of role train, data.label_values can exclude such pixels"
     ]
 
 
