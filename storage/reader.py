@@ -108,6 +108,11 @@ class CacheReader:
                 return found
             if lookup.removes(sample_id):
                 break
+        if failure is None and not self.sealed:
+            failure = CacheMismatchError(
+                f"{self.path} holds no sample {sample_id!r} yet: what is being added to it is not finished; "
+                "run segkd teacher-cache to finish it, or train on the data that the cache had before"
+            )
         raise failure or CacheMismatchError(
             f"{self.path} holds no sample {sample_id!r}: its role is none of cache.roles, or the data have changed; "
             "write a cache of these samples with segkd teacher-cache"
@@ -127,7 +132,7 @@ class CacheReader:
 
         They are float16 where the sample is on the rung EXACT of the target. Only the tiles that the window overlaps
         are read. Raises CacheDamagedError for one that is lost or damaged, GeometryError for a window that leaves the
-        sample's grid.
+        sample's grid, CacheMismatchError for a target that the cache does not keep.
         """
         return self.windows([WindowRequest(entry, target, rows, columns)])[0]
 
@@ -138,6 +143,8 @@ class CacheReader:
         for request in requests:
             entry, target, rows, columns = request
             _require_inside(request)
+            if target not in self.spec.targets:
+                raise CacheMismatchError(f"{self.path} keeps {', '.join(self.spec.targets)}, and no {target!r}")
             name = f"{target}_exact" if entry.rungs[target] == EXACT else target
             if name not in self._arrays[entry.generation]:
                 raise damaged(self.path / METADATA, ValueError(f"{entry.id} needs the array {name}, which it lacks"))

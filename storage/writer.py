@@ -135,6 +135,12 @@ class CacheWriter:
         if path == self.generation.folder / METADATA:
             found = Generation.open(self.root, self.spec, self.generation.number).plan
             if found != self.plan.spec:
+                begun, asked = found.unit_samples, self.plan.spec.unit_samples
+                if found.digest == self.plan.spec.digest and begun != asked:
+                    raise CacheMismatchError(
+                        f"{self.generation.folder} was begun with cache.unit_samples = {begun}, and this run has "
+                        f"{asked}; go on with {begun}"
+                    )
                 what = "list of samples"
                 if found.digest == self.plan.spec.digest:
                     what = f"unit plan: {', '.join(differing(found.to_dict(), self.plan.spec.to_dict()))}"

@@ -18,7 +18,7 @@ from PIL import Image
 from segkd.cli.main import main
 from segkd.pipeline.config import RunConfig, load
 from segkd.pipeline.data.files import FileSource
-from segkd.pipeline.teacher.cache import teacher_cache
+from segkd.pipeline.teacher.cache import summarise, teacher_cache
 from segkd.pipeline.teacher.division import Share
 from segkd.storage.errors import CacheMismatchError, IncompleteCacheError
 from segkd.storage.reader import CacheReader
@@ -133,6 +133,21 @@ def test_an_unfinished_increment_is_invisible_and_others_go_on_with_it(
     assert (first.sealed, first.written, first.pending_units) == (False, 2, 1)
     assert first.lines()[0].startswith(f"{config.cache.path}: usable, but what is being added is NOT complete; ")
     assert contents(config) == before
+    told = summarise(config.cache.path)
+    assert (told.usable, told.sealed, told.pending_units) == (True, False, 1)
+    assert told.lines()[-1] == "  units that are not written: 1; segkd teacher-cache goes on with them"
+    with pytest.raises(
+        CacheMismatchError, match="holds no sample 'a/2' yet: what is being added to it is not finished; "
+    ):
+        CacheReader(config.cache.path).entry("a/2")
+    folder = CacheReader(config.cache.path, partial=True).generations[1].folder
+    with pytest.raises(CacheMismatchError) as error:
+        teacher_cache(described(run, "cache.zarr", "cache.unit_samples=7"))
+    begun = config.cache.unit_samples
+    assert (
+        str(error.value)
+        == f"{folder} was begun with cache.unit_samples = {begun}, and this run has 7; go on with {begun}"
+    )
     # Which images had changed stands in the generation: the other task reads only those that it writes.
     read: list[str] = []
     digest = FileSource.image_digest

@@ -147,6 +147,11 @@ def test_an_ignored_class_takes_its_share_with_it() -> None:
             "add 'dog' to its class_map, as one of ('sky', 'road', 'car') or \"ignore\"",
         ),
         (
+            {"classes": ("sky", "road", "car", "dog"), "class_map": {"dog": "ignored"}},
+            "the network's class 'dog' means 'ignored', which is not a class of the data; "
+            "correct 'dog' in its class_map, as one of ('sky', 'road', 'car') or \"ignore\"",
+        ),
+        (
             {"classes": ("sky", "road")},
             "no class of the network means 'car'; add one to its class_map, or leave it out",
         ),

@@ -206,6 +206,14 @@ def test_an_id_that_is_not_there_is_not_found(cache: Path, name: str) -> None:
             reader.entry(absent)
 
 
+def test_a_target_that_is_not_kept(cache: Path) -> None:
+    reader = CacheReader(cache)
+    entry = next(iter(reader.entries()))
+    with pytest.raises(CacheMismatchError) as error:
+        reader.values(entry, "sof")
+    assert str(error.value) == f"{cache} keeps soft, first_order, and no 'sof'"
+
+
 def test_opening_does_not_look_at_the_samples(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = ("soft", "soft_exact", "first_order", "samples")
     for file in copy.rglob("*"):

@@ -43,9 +43,10 @@ def class_groups(config: NetworkConfig, classes: Sequence[str]) -> list[list[int
         if meaning == IGNORED_CLASS and meaning not in groups:
             continue
         if meaning not in groups:
+            change = f"correct {name!r} in" if name in config.class_map else f"add {name!r} to"
             raise NetworkError(
                 f"the network's class {name!r} means {meaning!r}, which is not a class of the data; "
-                f'add {name!r} to its class_map, as one of {tuple(classes)} or "ignore"'
+                f'{change} its class_map, as one of {tuple(classes)} or "ignore"'
             )
         groups[meaning].append(channel)
     lost = [name for name, channels in groups.items() if not channels]

@@ -91,7 +91,9 @@ class TrainConfig:
     checkpoint_every: int = 1000
     """Steps between writes of last.safetensors, there is one at the end too."""
     log_every: int = 50
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl: the loss, its terms without their weights, the norms of the gradient of all
+    parameters before clipping (``total``) and of each weighted term at the logits, the learning rate, images a second,
+    and under ``loss.ohem_threshold`` the share of the labelled pixels that are hard."""
     tensorboard: bool = False
     """Whether the same numbers also go to TensorBoard files in the output folder."""
     on_damage: Literal["fail", "skip"] = "fail"

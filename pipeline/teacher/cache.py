@@ -62,7 +62,7 @@ class CacheSummary:
     task: str | None = None
     """The task that this run was, where several share the work: the figures are of its units, unless all are done."""
     pending_units: int = 0
-    """Units that other tasks have yet to write."""
+    """Units that are yet to be written, by other tasks or by whoever goes on."""
     changes: dict[str, int] | None = None
     """Samples added, changed and removed, where the run has added to a finished cache."""
 
@@ -99,7 +99,9 @@ class CacheSummary:
             lines.append("  since it was finished: " + ", ".join(f"{n:,} {what}" for what, n in self.changes.items()))
         if self.replaced:
             lines.append(f"  {self.replaced:,} replaced entries are still stored; segkd cache compact removes them")
-        if self.pending_units:
+        if self.pending_units and self.written is None:
+            lines.append(f"  units that are not written: {self.pending_units:,}; segkd teacher-cache goes on with them")
+        elif self.pending_units:
             lines.append(
                 f"  {self.pending_units:,} units are pending elsewhere; whoever writes the last one finishes it"
             )
@@ -161,7 +163,6 @@ def teacher_cache(
         seconds=time.monotonic() - began,
         changes=work.changes.counts() if work.generation else None,
         task=None if share is None else str(share),
-        pending_units=len(work.plan.units) - len(writer.generation.committed()),
     )
 
 
@@ -205,6 +206,11 @@ def summarise(
         sealed=reader.sealed,
         usable=bool(reader.generations) and reader.generations[0].sealed,
         report=report,
+        pending_units=sum(
+            len(generation.units()) - len(generation.committed())
+            for generation in reader.generations
+            if not generation.sealed
+        ),
     )
 
 
