@@ -98,7 +98,7 @@ class CacheReader:
 
         Raises CacheMismatchError when the cache does not hold it, CacheDamagedError when its row is lost or damaged.
         """
-        failure = None
+        failure: CacheDamagedError | CacheMismatchError | None = None
         for lookup in reversed(self._lookups):
             try:
                 found = lookup.find(sample_id)
