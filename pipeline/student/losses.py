@@ -36,7 +36,7 @@ class LossConfig:
     evidence: ClassVar[Evidence] = {
         "cross_entropy": None,
         "label_smoothing": Row("camvid-s.md", "label-smoothing"),
-        "ohem_threshold": None,
+        "ohem_threshold": Row("camvid-s.md", "ohem"),
         "ohem_min_kept": None,
     }
 
