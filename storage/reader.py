@@ -62,6 +62,11 @@ class CacheReader:
         """The generations that count."""
         return [lookup.generation for lookup in self._lookups]
 
+    @property
+    def usable(self) -> bool:
+        """Whether it was finished once: students can learn from it, while something is being added to it, too."""
+        return bool(self._seals) and self._seals[0] is not None
+
     def records(self) -> list[dict[str, Any]]:
         """The commit records, in the order of units. Raises CacheDamagedError where a finished cache has lost one."""
         records = []
@@ -108,7 +113,7 @@ class CacheReader:
                 return found
             if lookup.removes(sample_id):
                 break
-        if failure is None and not self.sealed:
+        if failure is None and self.usable and not self.sealed:
             failure = CacheMismatchError(
                 f"{self.path} holds no sample {sample_id!r} yet: what is being added to it is not finished; "
                 "run segkd teacher-cache to finish it, or train on the data that the cache had before"

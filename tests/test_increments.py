@@ -158,6 +158,15 @@ def test_an_unfinished_increment_is_invisible_and_others_go_on_with_it(
     assert contents(config) == fresh(run)
 
 
+def test_a_cache_that_was_never_finished_has_no_addition(run: Path) -> None:
+    config = described(run)
+    first = teacher_cache(config, share=Share(number=0, tasks=2, origin="a test"))
+    assert (first.usable, first.sealed) == (False, False)
+    assert first.lines()[0].startswith(f"{config.cache.path}: NOT complete; ")
+    with pytest.raises(CacheMismatchError, match=r"holds no sample 'z/9': its role is none of cache\.roles"):
+        CacheReader(config.cache.path, partial=True).entry("z/9")
+
+
 def test_dask_workers_write_an_increment(run: Path) -> None:
     config = described(run)
     teacher_cache(config)

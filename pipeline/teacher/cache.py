@@ -204,7 +204,7 @@ def summarise(
         float32_pixels_bytes=4 * classes * totals["pixels"],
         float16_grid_bytes=2 * classes * totals["cells"],
         sealed=reader.sealed,
-        usable=bool(reader.generations) and reader.generations[0].sealed,
+        usable=reader.usable,
         report=report,
         pending_units=sum(
             len(generation.units()) - len(generation.committed())
