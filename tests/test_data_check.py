@@ -262,6 +262,17 @@ def test_draft_of_pairs_of_folders_learns_from_the_one_to_train_on(tmp_path: Pat
     assert (config.images, config.folders) == ("test", {"report": (".",)})
 
 
+def test_draft_of_images_of_which_some_have_label_maps(tmp_path: Path) -> None:
+    put(tmp_path, "a", [[0, 1]])
+    for name in ("b", "c"):
+        save(tmp_path / f"images/{name}.png", np.zeros((1, 2, 3)))
+    _, roles = opened(tmp_path)
+    assert roles == {"a": "train", "b": "auxiliary", "c": "auxiliary"}
+    assert "\n# 2 of the images have no label map of their name: those are auxiliary. Should all have one" in draft(
+        tmp_path
+    )
+
+
 def test_draft_of_grey_images(tmp_path: Path) -> None:
     save(tmp_path / "xray/a.png", [[7, 90]])
     save(tmp_path / "masks/a.png", [[0, 255]])

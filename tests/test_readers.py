@@ -266,12 +266,46 @@ def test_missing_partners(tmp_path: Path) -> None:
         f"no label map of its name in {tmp_path}/labels; a sample of role train needs one, "
         "one of role auxiliary does not"
     )
-    refused(folder(tmp_path), f"{tmp_path}/images/c.png: {message} (and 1 more: run `segkd data check`)")
+    message += f': data.without_labels = "auxiliary" makes it one; so it is with {tmp_path}/images/d.png'
+    refused(folder(tmp_path), f"{tmp_path}/images/c.png: {message}")
     assert [(complaint.severity, complaint.message) for complaint in find(folder(tmp_path)).complaints] == [
         ("warning", f"{tmp_path}/labels/e.png: a label map without an image; it is not used"),
         ("error", f"{tmp_path}/images/c.png: {message}"),
-        ("error", f"{tmp_path}/images/d.png: {message}"),
     ]
+
+
+def test_images_without_a_label_map_may_be_auxiliary(tmp_path: Path) -> None:
+    put_pairs(tmp_path, "train/a", "val/b")
+    put(tmp_path, "images/train/c.png", "images/val/d.png", values=(1, 2, 3))
+    found = find(folder(tmp_path, without_labels="auxiliary", folders={"train": ["train"], "report": ["val"]}))
+    assert {sample.id: (sample.role, sample.labelled) for sample in found.source.samples} == {
+        "train/a": ("train", True),
+        "val/b": ("report", True),
+        "train/c": ("auxiliary", False),
+    }
+    assert (found.unused, found.complaints) == (1, ())
+
+
+def test_a_group_without_label_maps_is_auxiliary_whatever_fraction_it_falls_in(tmp_path: Path) -> None:
+    """A frame without labels beside labelled ones that are scored on is not."""
+    labelled = [f"{clip}/1" for clip in "abcdefgh"]
+    put_pairs(tmp_path, *labelled)
+    put(tmp_path, *(f"images/{clip}/2.png" for clip in "abcdefghijklmnop"), values=(1, 2, 3))
+    options = {"fractions": {"train": 0.5, "report": 0.5}, "group": "^[a-p]", "folders": {}}
+    found = find(folder(tmp_path, without_labels="auxiliary", **options))
+    roles = {sample.id: str(sample.role) for sample in found.source.samples}
+    assert {roles[sample_id] for sample_id in labelled} == {"train", "report"}
+    for clip in "abcdefgh":
+        assert roles.get(f"{clip}/2") == ("auxiliary" if roles[f"{clip}/1"] == "train" else None)
+    assert {roles.get(f"{clip}/2") for clip in "ijklmnop"} == {"auxiliary"}
+    assert found.unused == sum(role != "train" for sample_id, role in roles.items() if sample_id in labelled)
+
+
+def test_lists_say_themselves_which_samples_are_auxiliary(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^data\.without_labels means nothing beside data\.lists, which name auxiliary"
+    ):
+        folder(tmp_path, without_labels="auxiliary", folders={}, lists={"train": "train.txt"})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
@@ -364,7 +398,7 @@ def test_names_that_are_not_there(tmp_path: Path) -> None:
     file = write(tmp_path / "train.txt", "a", "b", "c")
     refused(
         folder(tmp_path, lists={"train": file}),
-        f"{file}, line 2: there is no image 'b' under {tmp_path} (and 1 more: run `segkd data check`)",
+        f"{file}, line 2: there is no image 'b' under {tmp_path}; so it is with {file}, line 3",
     )
 
 
@@ -414,7 +448,7 @@ def test_pairs_that_cannot_be_used(tmp_path: Path) -> None:
         refused(listed(tmp_path, train=write(file, line)), f"{file}, line 1: {line!r}; {expected}")
     refused(
         listed(tmp_path, train=write(file, "a.jpg,x/b.png", "c.jpg")),
-        f"{file}, line 1: there is no file {tmp_path}/x/b.png (and 1 more: run `segkd data check`)",
+        f"{file}, line 1: there is no file {tmp_path}/x/b.png; so it is with {file}, line 2",
     )
     refused(
         listed(tmp_path, train=write(file, "a.jpg a.png")),

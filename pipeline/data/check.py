@@ -26,14 +26,13 @@ from segkd.pipeline.data.contents import Content, content_of, stamp
 from segkd.pipeline.data.images import is_turned
 from segkd.pipeline.data.labels import LabelMap, UnmappedError
 from segkd.pipeline.data.matching import is_faint
+from segkd.pipeline.data.names import listing
 from segkd.pipeline.data.readers import Complaint, find
 from segkd.pipeline.data.remembered import Memory, Stamp
 from segkd.pipeline.data.sample import IGNORE, LEARNED, SCORED, DataSource, Role, Sample, with_role
 from segkd.pipeline.progress import SILENT, Progress
 from segkd.storage.errors import ContaminationError, DataError
 
-_MOST_NAMED = 20
-"""Samples that one complaint names."""
 _AT_ONCE = 512
 """Samples that are handed to the threads together."""
 
@@ -239,8 +238,7 @@ def _in_two_roles(config: DataConfig, source: DataSource, contents: dict[str, Co
 
 
 def _named(samples: Sequence[Sample]) -> str:
-    more = f" and {len(samples) - _MOST_NAMED:,} more" if len(samples) > _MOST_NAMED else ""
-    return ", ".join(repr(sample.id) for sample in samples[:_MOST_NAMED]) + more
+    return listing([repr(sample.id) for sample in samples])
 
 
 def _blank(samples: Sequence[Sample], contents: Mapping[str, Content], source: DataSource) -> Iterator[Complaint]:

@@ -22,12 +22,13 @@ Reader = Literal[
 ]
 
 _ALL = {"unlabelled", "max_pixels", "compare_contents"}
-_FILES = _ALL | {"root", "group", "lists", "classes", "palette", "label_values", "label_colours"}
+_LISTS = _ALL | {"root", "group", "lists", "classes", "palette", "label_values", "label_colours"}
+_FOLDERS = _LISTS | {"folders", "fractions", "without_labels"}
 _OPTIONS: Mapping[str, set[str]] = {
-    **dict.fromkeys(LAYOUTS, _FILES | {"folders", "fractions"}),
-    "folder": _FILES | {"folders", "fractions", "images", "labels", "image_suffix", "label_suffix"},
-    "list": _FILES,
-    "pascal_context": _FILES | {"folders", "fractions", "background"},
+    **dict.fromkeys(LAYOUTS, _FOLDERS),
+    "folder": _FOLDERS | {"images", "labels", "image_suffix", "label_suffix"},
+    "list": _LISTS,
+    "pascal_context": _FOLDERS | {"background"},
     "scenes": _ALL | {"scenes"},
 }
 
@@ -65,6 +66,10 @@ class DataConfig:
     fractions: dict[Role, float] = field(default_factory=dict)
     """The share of groups that each role gets, by a hash of the group's name: new groups move no others. In a published
     data set the training part is divided, and the official roles of the others stay."""
+    without_labels: Literal["refuse", "auxiliary"] = "refuse"
+    """What becomes of an image without a label map where ``folders``, ``fractions`` or the official split give a role
+    that needs one. ``auxiliary`` makes it an auxiliary sample where it would be trained on, and leaves it unused where
+    images of its folder or group are scored on. (Lists say themselves what is auxiliary.)"""
     group: str | None = None
     """A regular expression that finds a sample's group in its id: its first parenthesis, or all that it matches.
     Images that show the same place or time belong to one group. Published data sets know their own: the city in
@@ -122,6 +127,8 @@ class DataConfig:
         given = [name for name in ("lists", "folders", "fractions") if getattr(self, name)]
         if len(given) > 1:
             raise ConfigError(f"data.{given[0]} and data.{given[1]} both give roles; keep one of them")
+        if self.lists and self.without_labels != "refuse":
+            raise ConfigError("data.without_labels means nothing beside data.lists, which name auxiliary samples")
         if self.reader == "folder" and not given:
             raise ConfigError(
                 "data.lists, data.folders and data.fractions are all missing, so no image has a role; "

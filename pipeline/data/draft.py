@@ -41,6 +41,8 @@ class _Layout:
     labels: Sequence[str] = field(default_factory=tuple)
     """Names below the root."""
     paired: int = 0
+    unpaired: int = 0
+    """Images that have no label map, beside others that have."""
     others: Sequence[tuple[str, str, int]] = ()
     """Further folders of images and of their label maps, and how many are paired: no reader takes several."""
 
@@ -77,6 +79,14 @@ def draft(root: str | Path) -> str:
                 f"# Left out: {count:,} images of {images_top} with label maps in {labels_top}. To use them, bring all "
                 "images into folders of one, label maps into folders of another: images/train, images/val, labels/train"
                 for images_top, labels_top, count in layout.others
+            ),
+            *(
+                [
+                    f"# {layout.unpaired:,} of the images have no label map of their name: those are auxiliary. Should "
+                    "all have one, correct the suffixes, and remove without_labels."
+                ]
+                if layout.unpaired
+                else []
             ),
             "[data]",
             *(f"{key} = {to_toml_value(value)}" for key, value in layout.settings.items()),
@@ -200,7 +210,10 @@ def _match(image_top: str, label_top: str, by_top: Mapping[str, Sequence[str]]) 
     settings |= {"image_suffix": image_suffix} if image_suffix else {}
     settings |= {"label_suffix": label_suffix} if label_suffix else {}
     labels = [name for name in label_names if split_extension(name)[0].endswith(label_suffix)]
-    return _Layout(settings, _first_folders(image_names), [f"{label_top}/{name}" for name in labels], paired)
+    named_alike = [name for name in image_names if split_extension(name)[0].endswith(image_suffix)]
+    unpaired = len(named_alike) - paired if paired and image_top != label_top else 0
+    settings |= {"without_labels": "auxiliary"} if unpaired else {}
+    return _Layout(settings, _first_folders(image_names), [f"{label_top}/{name}" for name in labels], paired, unpaired)
 
 
 def _rest(label: str, file: str, stems: Mapping[str, set[str]]) -> str | None:

@@ -6,7 +6,7 @@ Names are relative to a root, with ``/``; names that a text file gives never lea
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -34,6 +34,12 @@ class Naming:
                 return None
         stem = name.removesuffix(self.suffix) if name.endswith(self.suffix) else ""
         return None if stem == "" or stem.endswith("/") else stem
+
+
+def listing(names: Sequence[str], *, most: int = 20) -> str:
+    """The names for a message, or the first of very many."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def split_extension(name: str) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -14,9 +14,9 @@ from segkd.pipeline.data.files import FileSource
 from segkd.pipeline.data.labels import LabelMap, describe
 from segkd.pipeline.data.layouts import LAYOUTS
 from segkd.pipeline.data.layouts.layout import Files, Layout
-from segkd.pipeline.data.names import Naming, by_stem, inside, names_in, names_under, split_extension
+from segkd.pipeline.data.names import Naming, by_stem, inside, listing, names_in, names_under, split_extension
 from segkd.pipeline.data.recognition import layout_of
-from segkd.pipeline.data.roles import Line, by_folders, by_fractions, by_lines, grouping, lines_of
+from segkd.pipeline.data.roles import Line, by_folders, by_fractions, by_lines, grouping, labels_apart, lines_of
 from segkd.pipeline.data.sample import DataSource, Role
 from segkd.pipeline.data.scenes import SceneSource
 from segkd.pipeline.data.unlabelled import with_unlabelled
@@ -79,13 +79,12 @@ def _find_files(config: DataConfig) -> Found:
         files = layout.find(root) if layout else _folder_files(config)
         _check_any(files, config)
         roles = _roles(config, files, layout, complaints)
-        complaints += [
-            Complaint("warning", f"{root / name}: a label map without an image; it is not used")
-            for sample_id, name in sorted(files.labels.items())
-            if sample_id not in files.images
-        ]
-    complaints += _missing_labels(root, files, roles)
-    group_of = grouping(config.group or (layout.group if layout else None))
+        if config.without_labels == "auxiliary":
+            roles = labels_apart(roles, files.labels, _grouping(config, layout) if config.fractions else None)
+        lone = [str(root / name) for sample_id, name in sorted(files.labels.items()) if sample_id not in files.images]
+        complaints += _of_all("warning", lone, "a label map without an image; it is not used")
+    complaints += _missing_labels(config, files, roles)
+    group_of = _grouping(config, layout)
     rows = (
         (sample_id, role, group_of(sample_id), files.images[sample_id], files.labels.get(sample_id))
         for sample_id, role in roles.items()
@@ -156,6 +155,7 @@ def _listed(config: DataConfig, complaints: list[Complaint]) -> tuple[Files, dic
     image_of: dict[str, str] = {}
     label_of: dict[str, str] = {}
     named: list[tuple[str, Line]] = []
+    absent: list[tuple[str, str]] = []
     for line in lines_of(config.lists):
         parts = [part.strip() for part in line.text.split("\t" if "\t" in line.text else ",")]
         if len(parts) > 2 or not parts[0]:
@@ -168,13 +168,14 @@ def _listed(config: DataConfig, complaints: list[Complaint]) -> tuple[Files, dic
         if missing:
             pair = _image_of_pair(line.text) != line.text and len(parts) == 1
             hint = "; put a tab or a comma between image and label map" if pair else ""
-            complaints += [Complaint("error", f"{line.place}: there is no file {root / it}{hint}") for it in missing]
+            absent += [(line.place, f"there is no file {root / path}{hint}") for path in missing]
             continue
         sample_id = str(paths[0].with_suffix(""))
         named.append((sample_id, line))
         image_of[sample_id] = str(paths[0])
         if len(paths) == 2:
             label_of[sample_id] = str(paths[1])
+    complaints += _of_lines(absent)
     return Files(image_of, label_of, "its line of the list"), by_lines(named)
 
 
@@ -184,12 +185,16 @@ def _roles(config: DataConfig, files: Files, layout: Layout | None, complaints: 
     if config.folders:
         return by_folders(config.folders, files.images)
     if layout is None:
-        return by_fractions(config.fractions, grouping(config.group), files.images)
+        return by_fractions(config.fractions, _grouping(config, layout), files.images)
     official = _official(config, files, layout, complaints)
     if not config.fractions:
         return official
     training = [sample_id for sample_id, role in official.items() if role is Role.TRAIN]
-    return official | by_fractions(config.fractions, grouping(config.group or layout.group), training)
+    return official | by_fractions(config.fractions, _grouping(config, layout), training)
+
+
+def _grouping(config: DataConfig, layout: Layout | None) -> Callable[[str], str]:
+    return grouping(config.group or (layout.group if layout else None))
 
 
 def _official(config: DataConfig, files: Files, layout: Layout, complaints: list[Complaint]) -> dict[str, Role]:
@@ -223,13 +228,15 @@ def _named(
     """
     naming = Naming(config.image_suffix, images.IMAGE_EXTENSIONS)
     by_name = {name: sample_id for sample_id, name in files.images.items()}
+    absent: list[tuple[str, str]] = []
     for line in lines_of(config.lists):
         name = inside(line.text if layout is None else _image_of_pair(line.text), line.place)
         sample_id = name if name in files.images else by_name.get(name, naming.stem(name))
         if sample_id is not None and sample_id in files.images:
             yield sample_id, line
         else:
-            complaints.append(Complaint("error", f"{line.place}: there is no image {name!r} under {config.root}"))
+            absent.append((line.place, f"there is no image {name!r} under {config.root}"))
+    complaints += _of_lines(absent)
 
 
 def _image_of_pair(text: str) -> str:
@@ -240,13 +247,26 @@ def _image_of_pair(text: str) -> str:
     return text
 
 
-def _missing_labels(root: Path, files: Files, roles: Mapping[str, Role]) -> list[Complaint]:
-    return [
-        Complaint(
-            "error",
-            f"{root / files.images[sample_id]}: no label map of its name in {files.labels_place}; "
-            f"a sample of role {role} needs one, one of role {Role.AUXILIARY} does not",
-        )
-        for sample_id, role in sorted(roles.items())
-        if role != Role.AUXILIARY and sample_id not in files.labels
-    ]
+def _missing_labels(config: DataConfig, files: Files, roles: Mapping[str, Role]) -> Iterator[Complaint]:
+    missing = [key for key, role in sorted(roles.items()) if role != Role.AUXILIARY and key not in files.labels]
+    needing = sorted({roles[sample_id] for sample_id in missing})
+    remedy = ': data.without_labels = "auxiliary" makes it one' if Role.TRAIN in needing and not config.lists else ""
+    yield from _of_all(
+        "error",
+        [str(Path(config.root) / files.images[sample_id]) for sample_id in missing],
+        f"no label map of its name in {files.labels_place}; a sample of role {' or '.join(needing)} needs one, "
+        f"one of role {Role.AUXILIARY} does not{remedy}",
+    )
+
+
+def _of_lines(absent: Sequence[tuple[str, str]]) -> Iterator[Complaint]:
+    """Of lines that name what is not there, each with what it names."""
+    if absent:
+        yield from _of_all("error", list(dict.fromkeys(place for place, _ in absent)), absent[0][1])
+
+
+def _of_all(severity: Literal["error", "warning"], places: Sequence[str], what: str) -> Iterator[Complaint]:
+    """One complaint of all files or lines that it is true of: it is often one mistake. ``what`` is of the first."""
+    if places:
+        more = f"; so it is with {listing(places[1:], most=5)}" if len(places) > 1 else ""
+        yield Complaint(severity, f"{places[0]}: {what}{more}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from segkd.pipeline.data.sample import Role
+from segkd.pipeline.data.sample import LEARNED, SCORED, Role
 from segkd.storage.errors import ConfigError, ContaminationError, DataError
 
 
@@ -101,6 +101,24 @@ def by_fractions(
             position -= fractions[role]
             if position < 0:
                 break
+    return found
+
+
+def labels_apart(
+    roles: Mapping[str, Role], labels: Container[str], group_of: Callable[[str], str] | None
+) -> dict[str, Role]:
+    """Ids that are not in ``labels`` as auxiliary samples where they would be trained on. Where they would be scored on
+    they have no role, since what they show other images of their folder or group show too; but a group of
+    ``group_of`` without any label map is auxiliary as a whole.
+    """
+    labelled = [sample_id for sample_id in roles if sample_id in labels]
+    scored = {group_of(sample_id) for sample_id in labelled if roles[sample_id] in SCORED} if group_of else set()
+    found = {}
+    for sample_id, role in roles.items():
+        if sample_id in labels:
+            found[sample_id] = role
+        elif role in LEARNED or (group_of and group_of(sample_id) not in scored):
+            found[sample_id] = Role.AUXILIARY
     return found
 
 
