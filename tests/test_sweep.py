@@ -354,6 +354,21 @@ def test_rows_gains_and_what_must_be_known(undisturbed: Path) -> None:
     assert "a bootstrap of 3 blocks of up to 2 consecutive frames" in text
 
 
+def test_networks_that_predict_one_class_are_told(undisturbed: Path) -> None:
+    """Two of them are equal for sure, which says nothing of their arms."""
+    results = made_up(undisturbed, {"alone": [40.0, 41.0], "auxiliary-zero-first": [40.0, 41.0]})
+    assert "one class alone" not in results.markdown()
+    sweep = plan_sweep(load(undisturbed / "run.toml"), undisturbed / "out")
+    record = sweep.records["alone"][0]
+    sky = record.images.counts().sum(2, keepdims=True) * (np.arange(12) == 3)
+    images = Images.of(record.images.ids, record.images.groups, record.images.classes, list(sky))
+    found = {"alone": {0: record, 1: replace(record, images=images), 2: replace(record, images=images)}}
+    (row,) = rows(sweep.arms, found, sweep.run.ablate)
+    assert row.collapsed == (1, 2)
+    text = replace(results, rows=(row,)).markdown()
+    assert "\nalone, seed 1, 2: predicts one class alone, so that no gain of it counts." in text
+
+
 def test_a_gain_says_whether_select_agrees(undisturbed: Path) -> None:
     alone, better = [40.0, 42.0, 41.0], [42.0, 44.5, 42.5]
     on_select: dict[str, list[float | None]] = {"alone": [30.0, 30.5, 31.0], "auxiliary-zero-first": [29.0, 30.0, 29.5]}

@@ -62,6 +62,8 @@ class Row:
     """Of training, mean over the seeds."""
     damaged: int
     """The most samples that a seed had to learn without, because the cache was damaged."""
+    collapsed: tuple[int, ...]
+    """Seeds whose network predicts one class alone on role report."""
     unmatched: tuple[str, ...]
     """What is not at matched compute."""
     settings: tuple[str, ...]
@@ -171,6 +173,7 @@ def _row(arm: Arm, records: Records, upper: str) -> Row:
         latency_ms=float(np.median([run.cost["latency"]["p50_ms"] for run in runs])),
         seconds=float(np.mean([run.seconds for run in runs])),
         damaged=max(run.damaged for run in runs),
+        collapsed=tuple(seed for seed, run in by_seed.items() if _predicts_one_class(run)),
         unmatched=arm.unmatched,
         settings=arm.settings,
         gap_closed=_gap_closed(arm.name, records, upper, sorted(in_common)),
@@ -181,6 +184,11 @@ def _row(arm: Arm, records: Records, upper: str) -> Row:
 def _select(run: RunRecord) -> float | None:
     """mIoU on role select."""
     return None if run.select is None else run.select["miou"]
+
+
+def _predicts_one_class(run: RunRecord) -> bool:
+    counts = run.images.counts()
+    return len(run.images.classes) > 1 and int(np.count_nonzero(counts.any(axis=(0, 1)))) == 1
 
 
 def _mean(values: Sequence[float | None]) -> Mean | None:

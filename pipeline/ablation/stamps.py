@@ -87,7 +87,7 @@ def check_labels(arms: Iterable[Arm], opened: Opened) -> tuple[str, ...]:
         teacher = list(beginnings(arm.run.teacher if arm.distills else None))
         if arm.distills and not teacher:
             named = "that wrote the cache" if arm.run.teacher is None else arm.run.teacher.reference
-            unknown[f"the teacher {named} is no checkpoint that is here"] = None
+            unknown[f"the teacher {named} is not a checkpoint of segkd, or its file is not here"] = None
         for path in (*teacher, *beginnings(arm.run.the_student())):
             if (path, id(source)) in checked:
                 continue

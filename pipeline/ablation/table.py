@@ -119,6 +119,9 @@ class Results:
         for row in self.rows:
             if row.unmatched:
                 yield f"{MARK} {row.arm} is not at matched compute: {'; '.join(row.unmatched)}."
+            if row.collapsed:
+                seeds = ", ".join(map(str, row.collapsed))
+                yield f"{row.arm}, seed {seeds}: predicts one class alone, so that no gain of it counts."
             if row.damaged:
                 yield f"{row.arm}: up to {row.damaged} samples without the teacher's knowledge: the cache is damaged."
 

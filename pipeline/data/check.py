@@ -83,9 +83,9 @@ class DataReport:
         }
 
     def table(self) -> str:
-        """For people: roles, sizes, classes."""
+        """For people: roles, sizes, classes; empty where there are no samples, of which a complaint says why."""
         if not self.samples:
-            return "no samples"
+            return ""
         lines = [self.layout, ""] if self.layout else []
         lines += ["role       samples  labelled"]
         lines += [f"{role:<9}  {self.samples[role]:7}  {self.labelled[role]:8}" for role in self.samples]
