@@ -13,7 +13,7 @@ from segkd.cli.options import json_option, show, verbosity_options
 @verbosity_options
 def cache_info(cache: str, as_json: bool) -> None:
     """Samples, classes, targets, size, teacher and coding report of a cache, finished or not."""
-    from segkd.pipeline.settings import tables_to_toml
+    from segkd.pipeline.run_file import tables_to_toml
     from segkd.pipeline.teacher.cache import summarise
     from segkd.storage.reader import CacheReader
 

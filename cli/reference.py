@@ -24,7 +24,8 @@ from segkd.cli.main import main
 from segkd.pipeline.config import RunConfig
 from segkd.pipeline.evidence import Row, evidence_of
 from segkd.pipeline.models.references import BUILT_IN
-from segkd.pipeline.settings import Setting, settings, to_toml_value
+from segkd.pipeline.run_file import to_toml_value
+from segkd.pipeline.settings import Setting, settings
 
 NOTE = "<!-- Made by `python -m segkd.cli.reference docs`; change what it is made from instead. -->"
 

@@ -10,7 +10,8 @@ from segkd.pipeline.ablation.config import AblateConfig
 from segkd.pipeline.data.config import DataConfig
 from segkd.pipeline.data.transforms import AugmentConfig
 from segkd.pipeline.models.network import Described, NetworkConfig, TeacherConfig
-from segkd.pipeline.settings import parse, read_toml
+from segkd.pipeline.run_file import read_toml
+from segkd.pipeline.settings import parse
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.knowledge.config import KnowledgeConfig
 from segkd.pipeline.student.losses import LossConfig

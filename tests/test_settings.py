@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segkd.pipeline.settings import parse, parse_override, read_toml, settings, to_dict, to_toml
+from segkd.pipeline.run_file import read_toml
+from segkd.pipeline.settings import parse, parse_override, settings, to_dict, to_toml
 from segkd.storage.errors import ConfigError
 
 

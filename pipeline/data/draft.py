@@ -19,7 +19,7 @@ from segkd.pipeline.data.layouts.layout import Layout
 from segkd.pipeline.data.names import names_under, split_extension
 from segkd.pipeline.data.recognition import below, recognised
 from segkd.pipeline.data.sample import IGNORE, Role
-from segkd.pipeline.settings import to_toml_value
+from segkd.pipeline.run_file import to_toml_value
 from segkd.storage.errors import DataError
 
 _LOOKED_AT = 64

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from segkd.pipeline.data.config import DataConfig
 from segkd.pipeline.data.layouts.layout import EXCLUDED, IGNORED, Colour, Layout, voc_colour
 from segkd.pipeline.data.sample import IGNORE, Classes
-from segkd.pipeline.settings import to_toml_value
+from segkd.pipeline.run_file import to_toml_value
 from segkd.storage.errors import ConfigError, DataError
 
 Kind = Literal["values", "colours"]

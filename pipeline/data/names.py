@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from segkd.pipeline.settings import relative_to_here
+from segkd.pipeline.run_file import relative_to_here
 from segkd.storage.errors import DataError
 
 

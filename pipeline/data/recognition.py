@@ -7,7 +7,7 @@ from pathlib import Path
 
 from segkd.pipeline.data.layouts import LAYOUTS
 from segkd.pipeline.data.layouts.layout import Layout
-from segkd.pipeline.settings import relative_to_here
+from segkd.pipeline.run_file import relative_to_here
 from segkd.storage.errors import DataError
 
 _LEVELS = 2

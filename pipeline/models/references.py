@@ -31,7 +31,8 @@ from segkd.pipeline.models.layers import Network
 from segkd.pipeline.models.network import Described, NetworkConfig, TeacherConfig
 from segkd.pipeline.models.predictor import Precision, Predictor
 from segkd.pipeline.models.weights import warm_start
-from segkd.pipeline.settings import joined, parse, relative_to_here, to_dict
+from segkd.pipeline.run_file import joined, relative_to_here
+from segkd.pipeline.settings import parse, to_dict
 from segkd.storage.errors import NetworkError
 
 logger = logging.getLogger(__name__)
