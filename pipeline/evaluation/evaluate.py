@@ -19,7 +19,6 @@ from segkd.pipeline.evaluation.metrics import ConfusionMatrix
 from segkd.pipeline.evaluation.scores import OnSample, Predict, Scores, score
 from segkd.pipeline.evaluation.speed import Latency, count_flops, count_parameters, latency
 from segkd.pipeline.models.predictor import Predictor
-from segkd.pipeline.models.preprocessing import placement
 from segkd.pipeline.progress import SILENT, Progress
 from segkd.pipeline.settings import parse
 from segkd.pipeline.student import checkpoint
@@ -37,7 +36,7 @@ class Cost:
     shape: tuple[int, int]
     """Height and width of the network's input: of its first view, if a teacher has several."""
     views: int
-    """How often a teacher sees each image."""
+    """How often a teacher is shown each image, or a window of it."""
     latency: Latency | None
     """Of one view, of ``shape``; None unless it was asked for."""
 
@@ -108,13 +107,13 @@ def evaluate_network(
     """
     scores = _scored(lambda sample, image: predictor.predict([image], [sample.id]), source, role, progress, on_sample)
     height, width = source.size(with_role(source, role)[0])
-    shown = [placement(height, width, view.preprocessing)[0] for view in predictor.views]
+    seen = predictor.seen(height, width)
     cost = Cost(
         parameters=count_parameters(predictor.network),
-        flops=sum(count_flops(predictor.network, seen) for seen in shown),
-        shape=shown[0],
-        views=len(shown),
-        latency=latency(predictor.network, shown[0]) if speed else None,
+        flops=sum(times * count_flops(predictor.network, size) for size, times in Counter(seen).items()),
+        shape=seen[0],
+        views=len(seen),
+        latency=latency(predictor.network, seen[0]) if speed else None,
     )
     return Evaluation(role=role, scores=scores, cost=cost)
 

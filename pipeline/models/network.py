@@ -134,18 +134,33 @@ class Views:
     and the mean of these probabilities is the teacher's word. That takes time in stage 1, and none where a student
     learns from the cache."""
 
-    evidence: ClassVar[Evidence] = {"flip": Row("views.md", "flip"), "scales": Row("views.md", "scales 1, 1.5")}
+    evidence: ClassVar[Evidence] = {
+        "flip": Row("views.md", "flip"),
+        "scales": Row("views.md", "scales 1, 1.5"),
+        "window": Row("views.md", "windows of 192×256"),
+        "overlap": None,
+    }
 
     flip: bool = False
     """Whether it sees each image mirrored left to right, too."""
     scales: tuple[float, ...] = (1.0,)
     """Factors on the sides of the image that it sees. The cells are those of the factor 1 in any case."""
+    window: tuple[int, int] | None = None
+    """Height and width of what it sees at once, in pixels of its input, for large images, or for a teacher that was
+    trained on crops of that size: a larger input is seen in windows that slide over it, each answer weighted by a
+    raised cosine. None: whole images."""
+    overlap: float = 0.25
+    """The share of its sides that a window has in common with the next one, at least."""
 
     def __post_init__(self) -> None:
         if not self.scales or not all(1 / 16 <= scale <= 16 for scale in self.scales):
             raise ConfigError(f"scales is {list(self.scales)}; it must name at least one factor, from 1/16 to 16")
         if len(set(self.scales)) < len(self.scales):
             raise ConfigError(f"scales is {list(self.scales)}; they must differ")
+        if self.window is not None and min(self.window) < 1:
+            raise ConfigError(f"window is {list(self.window)}; height and width must be at least 1")
+        if not 0 <= self.overlap <= 0.9:
+            raise ConfigError(f"overlap is {self.overlap:g}; it must be 0 to 0.9")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from segkd.pipeline.models.network import Grid, NetworkConfig, Preprocessing, TeacherConfig, Views
 from segkd.pipeline.models.preprocessing import placement, prepare
+from segkd.pipeline.models.windows import blended, windows_of
 from segkd.pipeline.resample import to_cells
 from segkd.storage.errors import NetworkError, NonFiniteError
 from segkd.storage.geometry import Affine, Mapping, flip
@@ -95,6 +96,25 @@ def views_of(config: NetworkConfig) -> tuple[View, ...]:
     )
 
 
+def require_windows_fit(config: NetworkConfig, grid: Grid) -> None:
+    """Raises NetworkError where a window's cells could be cells of the whole image and are not: then every answer would
+    be blurred by bringing one to the other. Cells between corners never are; there a window must hold one."""
+    window = config.views.window if isinstance(config, TeacherConfig) else None
+    if window is None:
+        return
+    stride, multiple = grid.stride, config.preprocessing.multiple_of
+    if grid.convention == "corners":
+        if min(window) < stride:
+            raise NetworkError(
+                f"teacher.views.window is {list(window)}; its sides must be at least the stride, {stride}"
+            )
+    elif any(side % stride for side in (*window, multiple)):
+        raise NetworkError(
+            f"teacher.views.window is {list(window)} and teacher.preprocessing.multiple_of {multiple}; with the "
+            f"teacher's stride of {stride} all three must be multiples of it, so that windows have cells in common"
+        )
+
+
 class Predictor:
     """A loaded network, what it is fed and how its classes are read."""
 
@@ -114,6 +134,8 @@ class Predictor:
         self.network = network.to(self.device).eval()
         self.grid: Grid = network.grid  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
         self.views = views_of(config)
+        self._shown = config.views if isinstance(config, TeacherConfig) else Views()
+        require_windows_fit(config, self.grid)
         self._plain = View(1.0, config.preprocessing, mirrored=False)
         self._groups = class_groups(config, classes)
         used = {*range(len(classes))} if self._groups is None else {*itertools.chain(*self._groups)}
@@ -132,6 +154,13 @@ class Predictor:
         blind = (view for view in (self._plain, *self.views) if 0 in view.kept_cells(self.grid, height, width)[0].shape)
         return next((view.scale for view in blind), None)
 
+    def seen(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Height and width of all that the network is given for an image of that size, one after the other: of each
+        view, window by window."""
+        inputs = (placement(height, width, view.preprocessing)[0] for view in self.views)
+        windows = (window for size in inputs for window in windows_of(size, self._shown, self.grid.stride))
+        return [(window.height, window.width) for window in windows]
+
     def prepare(self, image: npt.NDArray[np.uint8]) -> tuple[Tensor, ...]:
         """The network's inputs for an image, 3,H',W' for each of its views."""
         return tuple(view.prepare(image) for view in self.views)
@@ -148,7 +177,7 @@ class Predictor:
         shares = []
         for view in self.views:
             rows, columns = view.kept_cells(self.grid, *image.shape[:2])[1]
-            logits_1Chw = self.logits(view.prepare(image)[None].to(self.device)).float()
+            logits_1Chw = self.logits(view.prepare(image)[None]).float()
             ignored_hw = logits_1Chw.softmax(1)[0, self.ignored].sum(0)
             shares.append((ignored_hw[rows.start : rows.stop, columns.start : columns.stop] > 0.5).double().mean())
         return float(torch.stack(shares).mean())
@@ -180,14 +209,7 @@ class Predictor:
     def _answer(self, prepared_N3HW: Tensor, kept: tuple[range, range], names: Sequence[str]) -> Tensor:
         """Log-probabilities of one view's inputs in its kept rows and columns."""
         rows, columns = kept
-        logits = self.logits(prepared_N3HW.to(self.device, non_blocking=True))
-        expected = tuple(self.grid.cells(size) for size in prepared_N3HW.shape[-2:])
-        if logits.shape[-2:] != expected:
-            raise NetworkError(
-                f"{self.config.reference} returned {logits.shape[-2]}x{logits.shape[-1]} cells for an input of "
-                f"{prepared_N3HW.shape[-2]}x{prepared_N3HW.shape[-1]} pixels; stride {self.grid.stride} means "
-                f"{expected[0]}x{expected[1]}; correct the network's stride"
-            )
+        logits = self.logits(prepared_N3HW)
         logits = logits[..., rows.start : rows.stop, columns.start : columns.stop]
         if (name := _first_bad(logits.isnan() | (logits == torch.inf), names)) is not None:
             raise NonFiniteError(
@@ -203,7 +225,16 @@ class Predictor:
         return log_probs
 
     def logits(self, inputs_N3HW: Tensor) -> Tensor:
-        """The network's logits under the chosen precision."""
+        """The network's logits on the grid of the inputs; where they are seen in windows, log-probabilities."""
+        size = (inputs_N3HW.shape[-2], inputs_N3HW.shape[-1])
+        windows = windows_of(size, self._shown, self.grid.stride)
+        if len(windows) == 1:
+            return self._forward(inputs_N3HW)
+        return blended(self._forward, inputs_N3HW, self.grid, windows)
+
+    def _forward(self, inputs_N3HW: Tensor) -> Tensor:
+        """The network's logits under the chosen precision. Raises NetworkError for another shape than described."""
+        inputs_N3HW = inputs_N3HW.to(self.device, non_blocking=True)
         with torch.autocast(
             self.device.type, AUTOCAST_DTYPES.get(self.precision), enabled=self.precision in AUTOCAST_DTYPES
         ):
@@ -214,6 +245,13 @@ class Predictor:
             raise NetworkError(
                 f"{self.config.reference} returned {logits.shape[1]} classes, its description has {channels}; "
                 "state the network's own classes in its order (classes = [...])"
+            )
+        expected = tuple(self.grid.cells(size) for size in inputs_N3HW.shape[-2:])
+        if logits.shape[-2:] != expected:
+            raise NetworkError(
+                f"{self.config.reference} returned {logits.shape[-2]}x{logits.shape[-1]} cells for an input of "
+                f"{inputs_N3HW.shape[-2]}x{inputs_N3HW.shape[-1]} pixels; stride {self.grid.stride} means "
+                f"{expected[0]}x{expected[1]}; correct the network's stride"
             )
         return logits
 

@@ -51,9 +51,12 @@ def portable(config: NetworkConfig) -> dict[str, Any]:
     table["reference"] = _file_name(config.reference)
     table["init"] = None if config.init is None else _file_name(config.init)
     table["arguments"] = {name: content_of(value) for name, value in config.arguments.items()}
-    # Caches are older than views: one that was asked plainly is described as it was then.
-    if table.get("views") == asdict(Views()):
-        del table["views"]
+    # Caches are older than views, and these than windows: one that was asked plainly is described as it was then.
+    views = table.pop("views", None)
+    if views is not None and views["window"] is None:
+        del views["window"], views["overlap"]
+    if views is not None and views != {"flip": Views.flip, "scales": Views.scales}:
+        table["views"] = views
     return table
 
 

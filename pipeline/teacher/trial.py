@@ -24,7 +24,6 @@ from torch import Tensor
 
 from segkd.pipeline.evaluation.speed import synchronise
 from segkd.pipeline.models.predictor import Predictor
-from segkd.pipeline.models.preprocessing import placement
 from segkd.pipeline.teacher.coded import Coded
 from segkd.pipeline.teacher.config import CacheConfig
 from segkd.pipeline.teacher.loop import Prepared, Stage1
@@ -185,8 +184,8 @@ class Trials:
 
 
 def input_pixels(predictor: Predictor, size: tuple[int, int]) -> int:
-    """Pixels that a teacher is fed with an image of ``size``, in all its views."""
-    return sum(math.prod(placement(*size, view.preprocessing)[0]) for view in predictor.views)
+    """Pixels that a teacher is fed with an image of ``size``, in all its views, window by window."""
+    return sum(math.prod(seen) for seen in predictor.seen(*size))
 
 
 def _steady(units: Sequence[Unit], ended: Sequence[float], began: float) -> tuple[Sequence[Unit], float]:
