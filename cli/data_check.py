@@ -35,7 +35,7 @@ def data_check(run: RunConfig | None, folder: str | None, write: str | None, ove
     from segkd.pipeline.data.check import check
 
     report = check(run.data, progress=progress())
-    complaints = [f"{complaint.severity}: {complaint.message}" for complaint in report.complaints]
+    complaints = [f"{complaint.severity}: {complaint}" for complaint in report.complaints]
     show(report.to_dict(), "\n".join(filter(None, [report.table(), *complaints])), as_json=as_json)
     if not report.ok:
         click.get_current_context().exit(1)

@@ -43,7 +43,7 @@ def folder(root: Path, **options: Any) -> DataConfig:
 
 
 def messages(report: DataReport, severity: str) -> list[str]:
-    return [complaint.message for complaint in report.complaints if complaint.severity == severity]
+    return [str(complaint) for complaint in report.complaints if complaint.severity == severity]
 
 
 NO_SELECT = (
@@ -87,8 +87,8 @@ def test_every_bad_file_is_named(tmp_path: Path) -> None:
     assert not report.ok
     missing, *of_files = messages(report, "error")
     assert missing == (
-        f"{tmp_path}/images/val/partner.png: no label map of its name in {tmp_path}/labels; "
-        "a sample of role report needs one, one of role auxiliary does not"
+        f"{tmp_path}/images/val/partner.png: no label map of its name in {tmp_path}/labels; a sample of role report "
+        'needs one, one of role auxiliary does not: data.without_labels = "auxiliary" leaves it out'
     )
     assert re.fullmatch(
         re.escape(f"{cut}: cannot be read (") + ".*" + re.escape("); restore the file or take it out of the data"),
@@ -262,15 +262,58 @@ def test_draft_of_pairs_of_folders_learns_from_the_one_to_train_on(tmp_path: Pat
     assert (config.images, config.folders) == ("test", {"report": (".",)})
 
 
+def put_images(root: Path, *stems: str) -> None:
+    for stem in stems:
+        save(root / f"images/{stem}.png", np.zeros((1, 2, 3)))
+
+
 def test_draft_of_images_of_which_some_have_label_maps(tmp_path: Path) -> None:
-    put(tmp_path, "a", [[0, 1]])
-    for name in ("b", "c"):
-        save(tmp_path / f"images/{name}.png", np.zeros((1, 2, 3)))
-    _, roles = opened(tmp_path)
-    assert roles == {"a": "train", "b": "auxiliary", "c": "auxiliary"}
-    assert "\n# 2 of the images have no label map of their name: those are auxiliary. Should all have one" in draft(
-        tmp_path
-    )
+    for stem in ("train/a", "val/d", "val/e"):
+        put(tmp_path, stem, [[0, 1]])
+    put_images(tmp_path, "train/b", "train/c", "val/f")
+    config, roles = opened(tmp_path)
+    assert config.without_labels == "auxiliary"
+    assert roles == {
+        **dict.fromkeys(("val/d", "val/e"), "report"),
+        **dict.fromkeys(("train/b", "train/c"), "auxiliary"),
+        "train/a": "train",
+    }
+    assert "\n# Images without a label map of their name, beside others that have one: 3. without" in draft(tmp_path)
+
+
+def test_draft_of_folders_without_label_maps(tmp_path: Path) -> None:
+    """Those to test on are nobody's to learn from; others are auxiliary."""
+    for stem in ("train/a", "val/b"):
+        put(tmp_path, stem, [[0, 1]])
+    put_images(tmp_path, "test/c", "unlabelled/d", "web/deeper/e")
+    config, roles = opened(tmp_path)
+    assert config.without_labels == "refuse"
+    assert roles == {
+        "train/a": "train",
+        "val/b": "report",
+        "unlabelled/d": "auxiliary",
+        "web/deeper/e": "auxiliary",
+    }
+    assert "\n# Not used: test, where no image has a label map.\n" in draft(tmp_path)
+
+
+def test_draft_takes_no_picture_of_labels_for_an_image(tmp_path: Path) -> None:
+    for stem in ("a", "b"):
+        save(tmp_path / f"{stem}.jpg", np.full((4, 4, 3), ord(stem)))
+        save(tmp_path / f"labels/{stem}.png", [[0, 1], [1, 0]])
+        save(tmp_path / f"labels_colour/{stem}_c.png", np.zeros((2, 2, 3)))
+    config = parse(DataConfig, tomllib.loads(draft(tmp_path))["data"])
+    assert (config.images, config.labels, config.without_labels) == (".", "labels", "refuse")
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}/labels_colour/a_c.png: no label map of its name")):
+        open_data(config)
+
+
+def test_draft_does_not_say_that_images_have_no_label_map_while_some_are_left_over(tmp_path: Path) -> None:
+    for number in range(6):
+        save(tmp_path / f"images/f{number}.png", np.full((4, 4, 3), number))
+        save(tmp_path / f"labels/f{number}_{'gt' if number < 4 else 'mask'}.png", [[0, 1], [1, 0]])
+    config = parse(DataConfig, tomllib.loads(draft(tmp_path))["data"])
+    assert (config.label_suffix, config.without_labels) == ("_gt", "refuse")
 
 
 def test_draft_of_grey_images(tmp_path: Path) -> None:

@@ -564,8 +564,19 @@ def test_test_images_have_no_labels(tmp_path: Path) -> None:
         reader("cityscapes", tmp_path, folders={"report": ["test"]}),
         f"{tmp_path}/leftImg8bit/test/berlin/berlin_000000_000019_leftImg8bit.png: no label map of its name in "
         f"{tmp_path}/gtFine (*_gtFine_labelIds.png; those of test are not public); "
-        "a sample of role report needs one, one of role auxiliary does not",
+        'a sample of role report needs one, one of role auxiliary does not: data.without_labels = "auxiliary" '
+        "leaves it out",
     )
+
+
+@pytest.mark.parametrize("fractions", [{}, {"train": 0.5, "select": 0.5}])
+def test_official_images_to_report_on_are_never_learned_from(tmp_path: Path, fractions: dict[str, float]) -> None:
+    """Not for want of a label map either, though fractions make whole groups without any auxiliary."""
+    voc(tmp_path)
+    (tmp_path / "SegmentationClass/2007_000033.png").unlink()
+    found = find(reader("voc2012", tmp_path, fractions=fractions, without_labels="auxiliary"))
+    assert "2007_000033" not in roles(found.source)
+    assert str(found.complaints[0]).endswith(": no label map of its name, so it is left out of role report")
 
 
 # --- ade20k -----------------------------------------------------------------------------------------------------------

@@ -259,19 +259,35 @@ def test_no_common_stems(tmp_path: Path) -> None:
 
 
 def test_missing_partners(tmp_path: Path) -> None:
-    put_pairs(tmp_path, "a", "b")
-    put(tmp_path, "images/c.png", "images/d.png", values=(1, 2, 3))
-    put(tmp_path, "labels/e.png")
-    message = (
-        f"no label map of its name in {tmp_path}/labels; a sample of role train needs one, "
-        "one of role auxiliary does not"
+    put_pairs(tmp_path, "train/a", "val/b")
+    put(tmp_path, *(f"images/{stem}.png" for stem in ("train/c", "train/d", "val/e")), values=(1, 2, 3))
+    put(tmp_path, "labels/train/f.png")
+    config = folder(tmp_path, folders={"train": ["train"], "report": ["val"]})
+    missing = f"no label map of its name in {tmp_path}/labels; a sample of role"
+    remedy = 'needs one, one of role auxiliary does not: data.without_labels = "auxiliary"'
+    refused(
+        config,
+        f"{tmp_path}/images/val/e.png: {missing} report {remedy} leaves it out (and 1 more: run `segkd data check`)",
     )
-    message += f': data.without_labels = "auxiliary" makes it one; so it is with {tmp_path}/images/d.png'
-    refused(folder(tmp_path), f"{tmp_path}/images/c.png: {message}")
-    assert [(complaint.severity, complaint.message) for complaint in find(folder(tmp_path)).complaints] == [
-        ("warning", f"{tmp_path}/labels/e.png: a label map without an image; it is not used"),
-        ("error", f"{tmp_path}/images/c.png: {message}"),
+    complaints = find(config).complaints
+    assert [(complaint.severity, str(complaint)) for complaint in complaints] == [
+        ("warning", f"{tmp_path}/labels/train/f.png: a label map without an image; it is not used"),
+        ("error", f"{tmp_path}/images/val/e.png: {missing} report {remedy} leaves it out"),
+        (
+            "error",
+            f"{tmp_path}/images/train/c.png: {missing} train {remedy} makes it one; "
+            f"so it is with {tmp_path}/images/train/d.png",
+        ),
     ]
+    assert [complaint.others for complaint in complaints] == [(), (), (f"{tmp_path}/images/train/d.png",)]
+
+
+def test_of_many_files_with_one_fault_some_are_named_and_all_are_kept(tmp_path: Path) -> None:
+    put_pairs(tmp_path, "a")
+    put(tmp_path, *(f"images/b{number}.png" for number in range(9)), values=(1, 2, 3))
+    (complaint,) = find(folder(tmp_path)).complaints
+    assert str(complaint).endswith("b3.png, " + f"{tmp_path}/images/b4.png, {tmp_path}/images/b5.png and 3 more")
+    assert complaint.to_dict()["others"] == [f"{tmp_path}/images/b{number}.png" for number in range(1, 9)]
 
 
 def test_images_without_a_label_map_may_be_auxiliary(tmp_path: Path) -> None:
@@ -283,7 +299,10 @@ def test_images_without_a_label_map_may_be_auxiliary(tmp_path: Path) -> None:
         "val/b": ("report", True),
         "train/c": ("auxiliary", False),
     }
-    assert (found.unused, found.complaints) == (1, ())
+    assert found.unused == 1
+    assert [(complaint.severity, str(complaint)) for complaint in found.complaints] == [
+        ("warning", f"{tmp_path}/images/val/d.png: no label map of its name, so it is left out of role report")
+    ]
 
 
 def test_a_group_without_label_maps_is_auxiliary_whatever_fraction_it_falls_in(tmp_path: Path) -> None:
@@ -398,7 +417,7 @@ def test_names_that_are_not_there(tmp_path: Path) -> None:
     file = write(tmp_path / "train.txt", "a", "b", "c")
     refused(
         folder(tmp_path, lists={"train": file}),
-        f"{file}, line 2: there is no image 'b' under {tmp_path}; so it is with {file}, line 3",
+        f"{file}, line 2: there is no image 'b' under {tmp_path}; so it is with {file}, line 3 ('c')",
     )
 
 
@@ -446,10 +465,13 @@ def test_pairs_that_cannot_be_used(tmp_path: Path) -> None:
     expected = "expected an image and at most one label map, with a tab between them where names hold commas"
     for line in ("a.jpg,b.png,c.png", ",b.png"):
         refused(listed(tmp_path, train=write(file, line)), f"{file}, line 1: {line!r}; {expected}")
-    refused(
-        listed(tmp_path, train=write(file, "a.jpg,x/b.png", "c.jpg")),
-        f"{file}, line 1: there is no file {tmp_path}/x/b.png; so it is with {file}, line 2",
-    )
+    lines = write(file, "a.jpg,x/b.png", "c.jpg", "a.jpg a.png", "d.jpg,e.png", "b.jpg b.png")
+    assert [str(complaint) for complaint in find(listed(tmp_path, train=lines)).complaints] == [
+        f"{file}, line 1: there is no file {tmp_path}/x/b.png; so it is with {file}, line 2 ({tmp_path}/c.jpg), "
+        f"{file}, line 4 ({tmp_path}/d.jpg), {file}, line 4 ({tmp_path}/e.png)",
+        f"{file}, line 3: there is no file {tmp_path}/a.jpg a.png; put a tab or a comma between image and label map; "
+        f"so it is with {file}, line 5 ({tmp_path}/b.jpg b.png)",
+    ]
     refused(
         listed(tmp_path, train=write(file, "a.jpg a.png")),
         f"{file}, line 1: there is no file {tmp_path}/a.jpg a.png; put a tab or a comma between image and label map",

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from segkd.pipeline.data.complaints import Complaint
 from segkd.pipeline.data.config import DataConfig
 from segkd.pipeline.data.contamination import (
     describe_contaminated,
@@ -27,7 +28,7 @@ from segkd.pipeline.data.images import is_turned
 from segkd.pipeline.data.labels import LabelMap, UnmappedError
 from segkd.pipeline.data.matching import is_faint
 from segkd.pipeline.data.names import listing
-from segkd.pipeline.data.readers import Complaint, find
+from segkd.pipeline.data.readers import find
 from segkd.pipeline.data.remembered import Memory, Stamp
 from segkd.pipeline.data.sample import IGNORE, LEARNED, SCORED, DataSource, Role, Sample, with_role
 from segkd.pipeline.progress import SILENT, Progress
@@ -79,7 +80,7 @@ class DataReport:
             "sizes": {f"{height}x{width}": count for (height, width), count in self.sizes.items()},
             "shares": {role: self.shares(role) for role in self.pixels},
             "ignored_pixels": {role: counts[-1] for role, counts in self.pixels.items()},
-            "complaints": [{"severity": item.severity, "message": item.message} for item in self.complaints],
+            "complaints": [complaint.to_dict() for complaint in self.complaints],
         }
 
     def table(self) -> str:

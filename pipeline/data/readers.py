@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 from segkd.pipeline.data import images
+from segkd.pipeline.data.complaints import Complaint, of_all, of_lines
 from segkd.pipeline.data.config import DataConfig
 from segkd.pipeline.data.files import FileSource
 from segkd.pipeline.data.labels import LabelMap, describe
 from segkd.pipeline.data.layouts import LAYOUTS
 from segkd.pipeline.data.layouts.layout import Files, Layout
-from segkd.pipeline.data.names import Naming, by_stem, inside, listing, names_in, names_under, split_extension
+from segkd.pipeline.data.names import Naming, by_stem, inside, names_in, names_under, split_extension
 from segkd.pipeline.data.recognition import layout_of
 from segkd.pipeline.data.roles import Line, by_folders, by_fractions, by_lines, grouping, labels_apart, lines_of
-from segkd.pipeline.data.sample import DataSource, Role
+from segkd.pipeline.data.sample import SCORED, DataSource, Role
 from segkd.pipeline.data.scenes import SceneSource
 from segkd.pipeline.data.unlabelled import with_unlabelled
 from segkd.storage.errors import DataError
 
 _EXTENSIONS = images.IMAGE_EXTENSIONS | images.LABEL_EXTENSIONS
-
-
-@dataclass(frozen=True)
-class Complaint:
-    """Something about the data. An error keeps them from being used, a warning does not."""
-
-    severity: Literal["error", "warning"]
-    message: str
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ def open_data(config: DataConfig) -> DataSource:
     Raises DataError for files that are missing or cannot be told apart, ContaminationError for a sample of two roles.
     """
     found = find(config)
-    errors = [complaint.message for complaint in found.complaints if complaint.severity == "error"]
+    errors = [str(complaint) for complaint in found.complaints if complaint.severity == "error"]
     if errors:
         more = f" (and {len(errors) - 1} more: run `segkd data check`)" if len(errors) > 1 else ""
         raise DataError(errors[0] + more)
@@ -79,10 +71,8 @@ def _find_files(config: DataConfig) -> Found:
         files = layout.find(root) if layout else _folder_files(config)
         _check_any(files, config)
         roles = _roles(config, files, layout, complaints)
-        if config.without_labels == "auxiliary":
-            roles = labels_apart(roles, files.labels, _grouping(config, layout) if config.fractions else None)
         lone = [str(root / name) for sample_id, name in sorted(files.labels.items()) if sample_id not in files.images]
-        complaints += _of_all("warning", lone, "a label map without an image; it is not used")
+        complaints += of_all("warning", lone, "a label map without an image; it is not used")
     complaints += _missing_labels(config, files, roles)
     group_of = _grouping(config, layout)
     rows = (
@@ -156,6 +146,7 @@ def _listed(config: DataConfig, complaints: list[Complaint]) -> tuple[Files, dic
     label_of: dict[str, str] = {}
     named: list[tuple[str, Line]] = []
     absent: list[tuple[str, str]] = []
+    untabbed: list[tuple[str, str]] = []
     for line in lines_of(config.lists):
         parts = [part.strip() for part in line.text.split("\t" if "\t" in line.text else ",")]
         if len(parts) > 2 or not parts[0]:
@@ -167,30 +158,51 @@ def _listed(config: DataConfig, complaints: list[Complaint]) -> tuple[Files, dic
         missing = [path for path in paths if path.name not in present(path.parent)]
         if missing:
             pair = _image_of_pair(line.text) != line.text and len(parts) == 1
-            hint = "; put a tab or a comma between image and label map" if pair else ""
-            absent += [(line.place, f"there is no file {root / path}{hint}") for path in missing]
+            (untabbed if pair else absent).extend((line.place, str(root / path)) for path in missing)
             continue
         sample_id = str(paths[0].with_suffix(""))
         named.append((sample_id, line))
         image_of[sample_id] = str(paths[0])
         if len(paths) == 2:
             label_of[sample_id] = str(paths[1])
-    complaints += _of_lines(absent)
+    complaints += of_lines(absent, "file")
+    complaints += of_lines(untabbed, "file", "; put a tab or a comma between image and label map")
     return Files(image_of, label_of, "its line of the list"), by_lines(named)
 
 
 def _roles(config: DataConfig, files: Files, layout: Layout | None, complaints: list[Complaint]) -> dict[str, Role]:
     if config.lists:
         return by_lines(_named(config, files, layout, complaints))
+    apart = partial(_apart, config, files, complaints)
     if config.folders:
-        return by_folders(config.folders, files.images)
+        return apart(by_folders(config.folders, files.images))
+    group_of = _grouping(config, layout)
     if layout is None:
-        return by_fractions(config.fractions, _grouping(config, layout), files.images)
+        return apart(by_fractions(config.fractions, group_of, files.images), group_of)
     official = _official(config, files, layout, complaints)
     if not config.fractions:
-        return official
+        return apart(official)
     training = [sample_id for sample_id, role in official.items() if role is Role.TRAIN]
-    return official | by_fractions(config.fractions, _grouping(config, layout), training)
+    others = {sample_id: role for sample_id, role in official.items() if role is not Role.TRAIN}
+    return apart(others) | apart(by_fractions(config.fractions, group_of, training), group_of)
+
+
+def _apart(
+    config: DataConfig,
+    files: Files,
+    complaints: list[Complaint],
+    roles: dict[str, Role],
+    group_of: Callable[[str], str] | None = None,
+) -> dict[str, Role]:
+    """Roles as ``data.without_labels`` has them."""
+    if config.without_labels == "refuse":
+        return roles
+    apart = labels_apart(roles, files.labels, group_of)
+    for role in SCORED:
+        out = [key for key, of in sorted(roles.items()) if of == role and key not in apart]
+        places = [str(Path(config.root) / files.images[sample_id]) for sample_id in out]
+        complaints += of_all("warning", places, f"no label map of its name, so it is left out of role {role}")
+    return apart
 
 
 def _grouping(config: DataConfig, layout: Layout | None) -> Callable[[str], str]:
@@ -235,8 +247,8 @@ def _named(
         if sample_id is not None and sample_id in files.images:
             yield sample_id, line
         else:
-            absent.append((line.place, f"there is no image {name!r} under {config.root}"))
-    complaints += _of_lines(absent)
+            absent.append((line.place, repr(name)))
+    complaints += of_lines(absent, "image", f" under {config.root}")
 
 
 def _image_of_pair(text: str) -> str:
@@ -248,25 +260,13 @@ def _image_of_pair(text: str) -> str:
 
 
 def _missing_labels(config: DataConfig, files: Files, roles: Mapping[str, Role]) -> Iterator[Complaint]:
-    missing = [key for key, role in sorted(roles.items()) if role != Role.AUXILIARY and key not in files.labels]
-    needing = sorted({roles[sample_id] for sample_id in missing})
-    remedy = ': data.without_labels = "auxiliary" makes it one' if Role.TRAIN in needing and not config.lists else ""
-    yield from _of_all(
-        "error",
-        [str(Path(config.root) / files.images[sample_id]) for sample_id in missing],
-        f"no label map of its name in {files.labels_place}; a sample of role {' or '.join(needing)} needs one, "
-        f"one of role {Role.AUXILIARY} does not{remedy}",
-    )
-
-
-def _of_lines(absent: Sequence[tuple[str, str]]) -> Iterator[Complaint]:
-    """Of lines that name what is not there, each with what it names."""
-    if absent:
-        yield from _of_all("error", list(dict.fromkeys(place for place, _ in absent)), absent[0][1])
-
-
-def _of_all(severity: Literal["error", "warning"], places: Sequence[str], what: str) -> Iterator[Complaint]:
-    """One complaint of all files or lines that it is true of: it is often one mistake. ``what`` is of the first."""
-    if places:
-        more = f"; so it is with {listing(places[1:], most=5)}" if len(places) > 1 else ""
-        yield Complaint(severity, f"{places[0]}: {what}{more}")
+    remedies = {"": "", Role.TRAIN: ': data.without_labels = "auxiliary" makes it one'}
+    for role in sorted({*roles.values()} - {Role.AUXILIARY}):
+        missing = [key for key, of in sorted(roles.items()) if of == role and key not in files.labels]
+        remedy = remedies.get("" if config.lists else role, ': data.without_labels = "auxiliary" leaves it out')
+        yield from of_all(
+            "error",
+            [str(Path(config.root) / files.images[sample_id]) for sample_id in missing],
+            f"no label map of its name in {files.labels_place}; a sample of role {role} needs one, "
+            f"one of role {Role.AUXILIARY} does not{remedy}",
+        )
