@@ -183,7 +183,7 @@ def _roles(config: DataConfig, files: Files, layout: Layout | None, complaints: 
     if not config.fractions:
         return apart(official)
     training = [sample_id for sample_id, role in official.items() if role is Role.TRAIN]
-    others = {sample_id: role for sample_id, role in official.items() if role is not Role.TRAIN}
+    others: dict[str, Role] = {key: role for key, role in official.items() if role is not Role.TRAIN}
     return apart(others) | apart(by_fractions(config.fractions, group_of, training), group_of)
 
 
