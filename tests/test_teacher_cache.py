@@ -219,7 +219,7 @@ def test_one_image_that_is_too_large_for_the_device_is_an_error(
     monkeypatch.setattr(Predictor, "infer", never)
     with pytest.raises(
         NetworkError,
-        match=r"^the device has no memory for one image of 33x75 pixels; run with a smaller teacher\.views\.window,",
+        match=r"^the device has no memory for one image of 33x75 pixels; run with a teacher\.views\.window that",
     ):
         teacher_cache(sized)
 

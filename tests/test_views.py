@@ -316,8 +316,8 @@ def test_what_views_cost_is_told(run: Path) -> None:
         assert cost is not None
         costs.append(cost)
     plain, views = costs
-    assert (plain.views, views.views) == (1, 4)
-    assert "views" not in plain.text()
-    assert views.text().endswith(" in 4 views")
+    assert (plain.passes, views.passes) == (1, 4)
+    assert "passes" not in plain.text()
+    assert views.text().endswith(" in 4 passes")
     # Twice at the image's size and twice at 1.5 times its sides, up to how sizes are rounded.
     assert views.flops == pytest.approx(plain.flops * (2 + 2 * 1.5**2), rel=0.2)

@@ -32,22 +32,22 @@ class Cost:
 
     parameters: int
     flops: int
-    """Of one image, in all its views: 2 a multiply-accumulate."""
+    """Of one image, in all passes: 2 a multiply-accumulate."""
     shape: tuple[int, int]
-    """Height and width of the network's input: of its first view, if a teacher has several."""
-    views: int
-    """How often a teacher is shown each image, or a window of it."""
+    """Height and width of the network's input, in the first pass."""
+    passes: int
+    """How often the network is asked about an image: a teacher in each view, window by window."""
     latency: Latency | None
-    """Of one view, of ``shape``; None unless it was asked for."""
+    """Of one pass, of ``shape``; None unless it was asked for."""
 
     def text(self) -> str:
         """For people, one line."""
         at = "x".join(map(str, self.shape))
         line = f"{self.parameters / 1e6:,.2f} M parameters, {self.flops / 1e9:,.2f} GFLOPs "
-        line += f"at {at}" if self.views == 1 else f"in {self.views} views"
+        line += f"at {at}" if self.passes == 1 else f"in {self.passes} passes"
         if self.latency is not None:
             time = self.latency
-            line += "; " if self.views == 1 else "; the first view "
+            line += "; " if self.passes == 1 else "; the first pass "
             line += (
                 f"{time.p50_ms:.1f} ms (p95 {time.p95_ms:.1f}) a batch of {time.batch} at {at} on {time.device}, "
                 f"{time.threads} threads, {time.dtype}, {time.runs} runs after {time.warmup}"
@@ -112,7 +112,7 @@ def evaluate_network(
         parameters=count_parameters(predictor.network),
         flops=sum(times * count_flops(predictor.network, size) for size, times in Counter(seen).items()),
         shape=seen[0],
-        views=len(seen),
+        passes=len(seen),
         latency=latency(predictor.network, seen[0]) if speed else None,
     )
     return Evaluation(role=role, scores=scores, cost=cost)

@@ -148,7 +148,7 @@ class Views:
     window: tuple[int, int] | None = None
     """Height and width of what it sees at once, in pixels of its input, for large images, or for a teacher that was
     trained on crops of that size: a larger input is seen in windows that slide over it, each answer weighted by a
-    raised cosine. None: whole images."""
+    raised cosine. A multiple of ``preprocessing.multiple_of``, which is to be one of the stride. None: whole images."""
     overlap: float = 0.25
     """The share of its sides that a window has in common with the next one, at least."""
 

@@ -97,21 +97,21 @@ def views_of(config: NetworkConfig) -> tuple[View, ...]:
 
 
 def require_windows_fit(config: NetworkConfig, grid: Grid) -> None:
-    """Raises NetworkError where a window's cells could be cells of the whole image and are not: then every answer would
-    be blurred by bringing one to the other. Cells between corners never are; there a window must hold one."""
+    """Raises NetworkError where a window is no input that the network takes, and where its cells could be cells of the
+    whole image and are not: then every answer would be blurred by bringing one to the other."""
     window = config.views.window if isinstance(config, TeacherConfig) else None
     if window is None:
         return
-    stride, multiple = grid.stride, config.preprocessing.multiple_of
-    if grid.convention == "corners":
-        if min(window) < stride:
-            raise NetworkError(
-                f"teacher.views.window is {list(window)}; its sides must be at least the stride, {stride}"
-            )
-    elif any(side % stride for side in (*window, multiple)):
+    multiple = config.preprocessing.multiple_of
+    if grid.convention != "corners" and multiple % grid.stride:  # between corners they never are
         raise NetworkError(
-            f"teacher.views.window is {list(window)} and teacher.preprocessing.multiple_of {multiple}; with the "
-            f"teacher's stride of {stride} all three must be multiples of it, so that windows have cells in common"
+            f"teacher.views.window needs teacher.preprocessing.multiple_of to be a multiple of the stride, "
+            f"{grid.stride}, so that windows have cells in common; it is {multiple}"
+        )
+    if any(side % multiple for side in window) or min(window) < grid.stride:
+        raise NetworkError(
+            f"teacher.views.window is {list(window)}; its sides must be multiples of "
+            f"teacher.preprocessing.multiple_of, {multiple}, and at least the stride, {grid.stride}"
         )
 
 

@@ -43,7 +43,8 @@ def starts(pixels: int, window: int, overlap: float, stride: int) -> list[int]:
     large as the stride.
     """
     last = pixels - window
-    step = max(math.floor(window * (1 - overlap) / stride), 1)
+    # A share like 0.8 is a little more than it says: what is a whole step up to rounding is one.
+    step = max(math.floor(window * (1 - overlap) / stride + 1e-9), 1)
     cells = math.ceil(last / stride)
     steps = math.ceil(cells / step)
     return [cells * k // steps * stride for k in range(steps)] + [last]
@@ -54,7 +55,8 @@ def blended(answer: Callable[[Tensor], Tensor], inputs_N3HW: Tensor, grid: Grid,
 
     The mean of the probabilities that they give a cell, weighted by a raised cosine over the window: what lies at its
     edge, where a network sees least around a cell, counts least. Where a window's cells are not cells of the whole,
-    they are brought to them first.
+    they are brought to them first. Added up as logarithms, so that classes keep their proportion however little they
+    have.
     """
     whole = grid.mapping(inputs_N3HW.shape[-2], inputs_N3HW.shape[-1])
     total_NChw = weight_hw = torch.empty(0)
@@ -69,15 +71,15 @@ def blended(answer: Callable[[Tensor], Tensor], inputs_N3HW: Tensor, grid: Grid,
         if seen != here:
             log_probs_NChw = to_cells(log_probs_NChw, seen, here)
         if not weight_hw.numel():
-            total_NChw = log_probs_NChw.new_zeros(*log_probs_NChw.shape[:2], *whole.shape)
+            total_NChw = log_probs_NChw.new_full((*log_probs_NChw.shape[:2], *whole.shape), -torch.inf)
             weight_hw = log_probs_NChw.new_zeros(whole.shape)
         weights = torch.outer(
             raised_cosine(here.y, window.top, window.height), raised_cosine(here.x, window.left, window.width)
         ).to(total_NChw)
         part = (..., slice(cells_y.start, cells_y.stop), slice(cells_x.start, cells_x.stop))
-        total_NChw[part] += weights * log_probs_NChw.exp()
+        total_NChw[part] = total_NChw[part].logaddexp(log_probs_NChw + weights.log())
         weight_hw[part] += weights
-    return (total_NChw / weight_hw).log()
+    return total_NChw - weight_hw.log()
 
 
 def raised_cosine(axis: Axis, start: int, pixels: int) -> Tensor:

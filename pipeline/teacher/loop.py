@@ -132,7 +132,7 @@ class Stage1:
                 raise NetworkError(
                     f"the device has no memory for one image of {height}x{width} pixels; run "
                     + ("" if len(self.predictor.views) == 1 else "without the largest of teacher.views.scales, ")
-                    + 'with a smaller teacher.views.window, on another device or with precision = "bf16"'
+                    + 'with a teacher.views.window that is smaller, on another device or with precision = "bf16"'
                 ) from None
         # Not in the handler: as long as the exception lives, so does every tensor of the calls that it came through.
         half = len(batch) // 2
