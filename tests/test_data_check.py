@@ -297,6 +297,17 @@ def test_draft_of_folders_without_label_maps(tmp_path: Path) -> None:
     assert "\n# Not used: test, where no image has a label map.\n" in draft(tmp_path)
 
 
+def test_draft_names_folders_of_images_beside(tmp_path: Path) -> None:
+    put(tmp_path, "a", [[0, 1]])
+    for name in ("clips/day/b.png", "web/c.jpg"):
+        save(tmp_path / name, np.zeros((4, 4, 3)))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/read.me").write_text("")
+    told = f'\n# Images without label maps lie in other folders, too. As auxiliary ones: unlabelled = ["{tmp_path}'
+    assert f'{told}/clips", "{tmp_path}/web"]\n[data]\n' in draft(tmp_path)
+    assert opened(tmp_path)[1] == {"a": "train"}
+
+
 def test_draft_takes_no_picture_of_labels_for_an_image(tmp_path: Path) -> None:
     for stem in ("a", "b"):
         save(tmp_path / f"{stem}.jpg", np.full((4, 4, 3), ord(stem)))

@@ -56,7 +56,7 @@ def draft(root: str | Path) -> str:
                 "images into folders of one, label maps into folders of another: images/train, images/val, labels/train"
                 for images_top, labels_top, count in layout.others
             ),
-            *_told_of_unlabelled(layout, roles),
+            *_told_of_unlabelled(root, layout, roles),
             "[data]",
             *(f"{key} = {to_toml_value(value)}" for key, value in layout.settings.items()),
             f"root = {to_toml_value(str(root))}",
@@ -164,7 +164,7 @@ def _spread(names: Sequence[str], count: int) -> list[str]:
     return [names[index * len(names) // count] for index in range(count)] if len(names) > count else list(names)
 
 
-def _told_of_unlabelled(layout: Laid, roles: Mapping[str, Sequence[str]]) -> Iterator[str]:
+def _told_of_unlabelled(root: Path, layout: Laid, roles: Mapping[str, Sequence[str]]) -> Iterator[str]:
     if layout.unpaired:
         yield (
             f"# Images without a label map of their name, beside others that have one: {layout.unpaired:,}. "
@@ -174,3 +174,6 @@ def _told_of_unlabelled(layout: Laid, roles: Mapping[str, Sequence[str]]) -> Ite
     unused = [folder for folder in layout.unlabelled if not any(folder in folders for folders in roles.values())]
     if unused and "." not in roles.get(Role.TRAIN, ()):
         yield f"# Not used: {', '.join(unused)}, where no image has a label map."
+    if layout.beside:
+        folders = to_toml_value([str(root / folder) for folder in layout.beside])
+        yield f"# Images without label maps lie in other folders, too. As auxiliary ones: unlabelled = {folders}"

@@ -36,6 +36,8 @@ class Laid:
     """Folders of which no image has a label map, though others have."""
     unpaired: int = 0
     """Other images that have none."""
+    beside: Sequence[str] = ()
+    """Further folders that hold images and belong to no label maps."""
     others: Sequence[tuple[str, str, int]] = ()
     """Further folders of images and of their label maps, and how many are paired: no reader takes several."""
 
@@ -84,7 +86,13 @@ def _pairs(root: Path, names: Sequence[str]) -> Laid:
         )
         ours = {best.settings["images"], best.labels_top, "."}
         others = [of for of in paired if not ours & {of.settings["images"], of.labels_top}]
-        return replace(best, others=[(of.settings["images"], of.labels_top, of.paired) for of in others])
+        taken = {*ours, *label_tops, *(of.settings["images"] for of in others)}
+        beside = [top for top, inside in by_top.items() if top not in taken and any(map(_is_image, inside))]
+        return replace(
+            best,
+            others=[(of.settings["images"], of.labels_top, of.paired) for of in others],
+            beside=[] if best.settings["images"] == "." else beside,
+        )
     found = [name for name in names if _is_image(name)]
     if not found:
         raise DataError(f"{root}: holds no images; expected {', '.join(sorted(images.IMAGE_EXTENSIONS))} files")
