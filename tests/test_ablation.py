@@ -704,8 +704,8 @@ def test_select_and_report_that_share_images_are_refused_or_stamped(cached: Path
     sweep = plan_sweep(read(run, allowed, "ablate.longer=2"), tmp_path / "out")
     assert sweep.stamps == (
         "Role select and role report share 1 of 2 images: what was chosen was chosen on what is reported.",
-        f"Which labels were learned before is not known: the teacher {read(run).the_teacher().reference} is no "
-        "checkpoint that is here.",
+        f"Which labels were learned before is not known: the teacher {read(run).the_teacher().reference} is not "
+        "a checkpoint of segkd, or its file is not here.",
     )
 
 
