@@ -240,13 +240,22 @@ def averaged(run: Path, *settings: str) -> RunConfig:
     return load(run, ["teacher.views.flip=true", "teacher.views.scales=[1.0,1.5]", *settings])
 
 
-def test_stage_1_keeps_the_average(run: Path) -> None:
-    config = averaged(run, 'cache.profile="exact"')
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        (["teacher.views.flip=true", "teacher.views.scales=[1.0,1.5]"], None),
+        (["teacher.views.window=[16,16]", "teacher.preprocessing.multiple_of=4"], (16, 16)),
+    ],
+)
+def test_stage_1_keeps_the_average(run: Path, settings: list[str], passes: tuple[int, int] | None) -> None:
+    """Over views, and over windows."""
+    config = load(run, [*settings, 'cache.profile="exact"'])
     assert teacher_cache(config).sealed
     reader, data = CacheReader(config.cache.path), open_data(config.data)
     predictor = described_predictor(config.the_teacher(), data.classes.names, device=torch.device("cpu"))
-    assert len(predictor.views) == 4
     for sample in with_role(data, *config.cache.roles):
+        seen = predictor.seen(*data.size(sample))
+        assert len(seen) == 4 if passes is None else len(seen) > 1 and {*seen} == {passes}
         log_probs, mapping = predictor.predict([data.image(sample)])
         entry = reader.entry(sample.id)
         assert entry.mapping == mapping

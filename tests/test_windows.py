@@ -27,7 +27,6 @@ from segkd.pipeline.teacher.fingerprints import portable
 from segkd.pipeline.teacher.trial import input_pixels
 from segkd.storage.errors import CacheMismatchError, ConfigError, NetworkError, NonFiniteError
 from segkd.storage.geometry import Convention
-from segkd.storage.reader import CacheReader
 
 CLASSES = ("bright", "dark", "never")
 STRIDE = 4
@@ -74,17 +73,17 @@ def noise(height: int, width: int) -> Image:
 
 
 @given(
-    cells=st.integers(1, 80), window=st.integers(1, 30), overlap=st.floats(0, 0.9), stride=st.sampled_from([1, 4, 8])
+    cells=st.integers(1, 80), window=st.integers(1, 30), percent=st.integers(0, 90), stride=st.sampled_from([1, 4, 8])
 )
-def test_windows_cover_an_axis_and_overlap_enough(cells: int, window: int, overlap: float, stride: int) -> None:
+def test_windows_cover_an_axis_and_overlap_enough(cells: int, window: int, percent: int, stride: int) -> None:
     window = min(window, cells)
-    found = starts(cells * stride, window * stride, overlap, stride)
+    found = starts(cells * stride, window * stride, percent / 100, stride)
     assert found[0] == 0
     assert found[-1] == (cells - window) * stride
     assert all(start % stride == 0 for start in found)
     gaps = np.diff(found)
     # One cell further is always gone; with no more than the overlap asked for that may be all there is.
-    widest = max(math.floor(window * (1 - overlap) + 1e-9), 1) * stride
+    widest = max(window * (100 - percent) // 100, 1) * stride
     assert all(0 < gap <= widest for gap in gaps)
     assert len(gaps) == math.ceil((cells - window) * stride / widest), "as few as that"
     assert len(gaps) < 2 or gaps.max() - gaps.min() <= stride, "evenly spread"
@@ -96,13 +95,14 @@ def test_an_overlap_that_floating_point_cannot_hold_takes_no_more_windows() -> N
     assert starts(40, 16, 0.5, 4) == [0, 8, 16, 24]
 
 
-@given(pixels=st.integers(1, 300), window=st.integers(8, 100), overlap=st.floats(0, 0.9))
-def test_windows_of_any_size_overlap_enough(pixels: int, window: int, overlap: float) -> None:
+@given(pixels=st.integers(1, 300), window=st.integers(8, 100), percent=st.integers(0, 90))
+def test_windows_of_any_size_overlap_enough(pixels: int, window: int, percent: int) -> None:
+    """In whole numbers, so that no rounding excuses anything."""
     window = min(window, pixels)
-    found = starts(pixels, window, overlap, 8)
+    found = starts(pixels, window, percent / 100, 8)
     assert found[0] == 0
     assert found[-1] == pixels - window
-    assert all(0 < gap <= max(window * (1 - overlap), 8) for gap in np.diff(found))
+    assert all(0 < 100 * gap <= max(window * (100 - percent), 800) for gap in np.diff(found))
 
 
 @pytest.mark.parametrize("convention", ["span", "stride"])
@@ -263,18 +263,12 @@ def test_descriptions_without_windows_are_what_they_were() -> None:
     assert described["views"] == {"flip": False, "scales": (1.0,), "window": (8, 8), "overlap": 0.25}
 
 
-def test_stage_1_keeps_what_windows_say_and_tells_what_they_cost(run: Path) -> None:
-    windows = ["teacher.views.window=[16,16]", "teacher.preprocessing.multiple_of=4", "cache.profile='exact'"]
+def test_what_windows_cost_is_told_and_other_ones_are_another_teacher(run: Path) -> None:
+    windows = ["teacher.views.window=[16,16]", "teacher.preprocessing.multiple_of=4"]
     config = load(run, windows)
     assert teacher_cache(config).sealed
-    reader, data = CacheReader(config.cache.path), open_data(config.data)
+    data = open_data(config.data)
     predictor = described_predictor(config.the_teacher(), data.classes.names, device=torch.device("cpu"))
-    for sample in with_role(data, *config.cache.roles):
-        log_probs, mapping = predictor.predict([data.image(sample)])
-        entry = reader.entry(sample.id)
-        assert entry.mapping == mapping
-        kept = torch.from_numpy(reader.values(entry, "soft"))[None]
-        torch.testing.assert_close(kept.exp(), log_probs.exp(), atol=2e-3, rtol=0)
     cost = evaluate_network(predictor, data, Role.REPORT).cost
     assert cost is not None
     assert (cost.shape, cost.passes) == ((16, 16), len(predictor.seen(*data.size(with_role(data, Role.REPORT)[0]))))

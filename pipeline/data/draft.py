@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from segkd.pipeline.data.names import names_under
 from segkd.pipeline.data.pairing import SPLITS, Laid, is_scored, laid_out
 from segkd.pipeline.data.recognition import below, recognised
 from segkd.pipeline.data.sample import IGNORE, Role
-from segkd.pipeline.run_file import to_toml_value
+from segkd.pipeline.run_file import bare_key, to_toml_value
 from segkd.storage.errors import DataError
 
 _LOOKED_AT = 64
@@ -84,7 +83,7 @@ def _published(root: Path, reader: str, layout: Layout) -> str:
 
 def _entries(table: Mapping[str, Any]) -> Iterator[str]:
     for key, value in table.items():
-        yield f"{key if re.fullmatch('[a-z0-9]+', key) else to_toml_value(key)} = {to_toml_value(value)}"
+        yield f"{bare_key(key)} = {to_toml_value(value)}"
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,14 @@ class View:
         return mapping.through(Affine(), flip(width) if self.mirrored else Affine()), kept
 
 
+def shown_by(config: NetworkConfig) -> Views:
+    """How a network is shown images: a student plainly."""
+    return config.views if isinstance(config, TeacherConfig) else Views()
+
+
 def views_of(config: NetworkConfig) -> tuple[View, ...]:
-    """All ways in which a network sees an image: a student sees it plainly."""
-    views = config.views if isinstance(config, TeacherConfig) else Views()
+    """All ways in which a network sees an image."""
+    views = shown_by(config)
     return tuple(
         View(scale, config.preprocessing.enlarged(scale), mirrored)
         for scale in views.scales
@@ -99,7 +104,7 @@ def views_of(config: NetworkConfig) -> tuple[View, ...]:
 def require_windows_fit(config: NetworkConfig, grid: Grid) -> None:
     """Raises NetworkError where a window is no input that the network takes, and where its cells could be cells of the
     whole image and are not: then every answer would be blurred by bringing one to the other."""
-    window = config.views.window if isinstance(config, TeacherConfig) else None
+    window = shown_by(config).window
     if window is None:
         return
     multiple = config.preprocessing.multiple_of
@@ -134,7 +139,7 @@ class Predictor:
         self.network = network.to(self.device).eval()
         self.grid: Grid = network.grid  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
         self.views = views_of(config)
-        self._shown = config.views if isinstance(config, TeacherConfig) else Views()
+        self._shown = shown_by(config)
         require_windows_fit(config, self.grid)
         self._plain = View(1.0, config.preprocessing, mirrored=False)
         self._groups = class_groups(config, classes)
