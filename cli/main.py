@@ -18,6 +18,7 @@ from segkd.cli.cache_verify import cache_verify
 from segkd.cli.data_check import data_check
 from segkd.cli.data_list import data_list
 from segkd.cli.evaluate import evaluate
+from segkd.cli.export import export
 from segkd.cli.options import VERBOSITY, Interrupted, set_up_logging
 from segkd.cli.plan import plan
 from segkd.cli.predict import predict
@@ -93,4 +94,5 @@ main.add_command(teacher_cache)
 main.add_command(train_student)
 main.add_command(evaluate)
 main.add_command(predict)
+main.add_command(export)
 main.add_command(ablate)

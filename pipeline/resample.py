@@ -23,7 +23,7 @@ TILE_BYTES = 4 * 2**20
 LOWEST = -100.0
 """What a log-probability of -inf counts as: e^-100 is nothing, and unlike -inf it can be multiplied by 0."""
 
-_LOWEST = -1e30
+IMPOSSIBLE = -1e30
 """Stands in for -inf, which times a weight of 0 would be NaN; any share of it still loses against a log-probability."""
 
 _NO_WEIGHT = 1e-9
@@ -75,7 +75,7 @@ def pixel_tiles(
     Only a tile is in memory at once, and each is computed from no more than the cells that it lies between, so memory
     and work do not grow with the image's width. A value of -inf takes part as -1e30. Without gradient.
     """
-    values = values_NChw.detach().float().clamp(min=_LOWEST)
+    values = values_NChw.detach().float().clamp(min=IMPOSSIBLE)
     side = max(math.isqrt(TILE_BYTES // (4 * max(values.shape[0], 1) * values.shape[1])), 1)
     columns = tiles(mapping.x, width, side)
     for pixels_y, cells_y, weights_th in tiles(mapping.y, height, side):

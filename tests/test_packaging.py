@@ -148,7 +148,8 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
     """An import is traced to the distribution that brings it: a dependency's dependency must not pass for ours."""
     extras = PROJECT["project"]["optional-dependencies"]
     declared = {
-        canonicalize_name(Requirement(text).name) for text in DEPENDENCIES + extras["dense"] + extras["tensorboard"]
+        canonicalize_name(Requirement(text).name)
+        for text in [*DEPENDENCIES, *(text for extra in ("dense", "onnx", "tensorboard") for text in extras[extra])]
     }
     providers = importlib.metadata.packages_distributions()
     undeclared = {

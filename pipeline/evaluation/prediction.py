@@ -90,8 +90,7 @@ def predict_images(
     more than 255 classes. Later: DataError for an unreadable image, NetworkError for an output of other classes, and
     OSError for a disk that is full or cannot be written to.
     """
-    if len(classes) > IGNORE:
-        raise ConfigError(f"{len(classes)} classes do not fit into label maps of 8 bits; expected at most {IGNORE}")
+    require_8_bits(classes)
     places = _places([name for name, _ in images], output, overlays=overlays)
     if not overwrite:
         _refuse_existing([path for paths in places for path in paths])
@@ -116,6 +115,12 @@ def predict_images(
         if on_image is not None:
             on_image(name)
     return PredictionSummary(written=written, skipped=skipped)
+
+
+def require_8_bits(classes: Classes) -> None:
+    """Raises ConfigError for more classes than a label map of 8 bits can hold."""
+    if len(classes) > IGNORE:
+        raise ConfigError(f"{len(classes)} classes do not fit into label maps of 8 bits; expected at most {IGNORE}")
 
 
 def _hidden(inner: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from segkd.pipeline.models.layers import SINGLE_VALUE, Network, evaluating
 from segkd.pipeline.models.network import Grid, NetworkConfig
@@ -124,10 +125,10 @@ def _output(network: nn.Module, config: NetworkConfig, images_N3HW: Tensor) -> T
             raise NetworkError(SINGLE_VALUE) from error
         raise
     picked = _pick(returned, config)
-    if picked.ndim != 4 or len(picked) != len(images_N3HW):
+    if picked.ndim != 4 or picked.shape[0] != images_N3HW.shape[0]:  # len() would fix a program's number of images
         raise NetworkError(
             f"{config.reference} returned a tensor of shape {tuple(picked.shape)}, expected "
-            f"({len(images_N3HW)}, classes, height, width); choose the logits with output, or wrap the network"
+            f"({images_N3HW.shape[0]}, classes, height, width); choose the logits with output, or wrap the network"
         )
     return picked
 
@@ -172,7 +173,8 @@ def _log_probabilities(output_NChw: Tensor, config: NetworkConfig) -> Tensor:
     """The logarithm in float32, -inf for 0. A NaN stays one. Raises NetworkError for what are no probabilities."""
     values = output_NChw.float()
     total = values.sum(1)
-    if ((values < -_TOLERANCE).any(1) | ((total - 1).abs() > _TOLERANCE)).any():
+    # A program is recorded for all values, and cannot ask what they are.
+    if not is_exporting() and ((values < -_TOLERANCE).any(1) | ((total - 1).abs() > _TOLERANCE)).any():
         raise NetworkError(
             f'{config.reference} is described by produces = "probabilities", but its values reach from '
             f"{values.min():.3g} to {values.max():.3g} and add up to {total.min():.3g} to {total.max():.3g} over the "

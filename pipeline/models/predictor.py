@@ -221,7 +221,7 @@ class Predictor:
                 f"{self.config.reference} returned NaN or +inf for {name}; check its weights and preprocessing"
                 + ("" if self.precision == "off" else f", or run without {self.precision} precision")
             )
-        log_probs = self._over_classes(logits.float().log_softmax(1))
+        log_probs = self.over_classes(logits.float().log_softmax(1))
         if (name := _first_bad(log_probs.isnan(), names)) is not None:
             raise NonFiniteError(
                 f"{self.config.reference} gives probability 0 to every class of the data in a cell of {name}; "
@@ -260,7 +260,8 @@ class Predictor:
             )
         return logits
 
-    def _over_classes(self, log_probs_NChw: Tensor) -> Tensor:
+    def over_classes(self, log_probs_NChw: Tensor) -> Tensor:
+        """Log-probabilities over the network's channels as those over the data's classes."""
         if self._groups is None:
             return log_probs_NChw
         merged = torch.stack([log_probs_NChw[:, channels].logsumexp(1) for channels in self._groups], 1)

@@ -44,13 +44,17 @@ def placement(height: int, width: int, preprocessing: Preprocessing) -> tuple[tu
 
 def prepare(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Tensor:
     """The network's input for ``image``; :func:`placement` says where its pixels lie."""
-    height, width = preprocessing.resize or preprocessing.scaled(*image.shape[:2])
-    image = resized(image, (height, width))
+    image = resized(image, preprocessing.resize or preprocessing.scaled(*image.shape[:2]))
     # A copy in any case: torch takes no array that cannot be written to.
     tensor = normalise(torch.from_numpy(image.transpose(2, 0, 1).copy()), preprocessing)
-    bottom, right = -height % preprocessing.multiple_of, -width % preprocessing.multiple_of
-    if bottom or right:
-        mode = "replicate" if preprocessing.pad == "edge" else "constant"
-        # After normalising, the mean is 0.
-        tensor = F.pad(tensor[None], (0, right, 0, bottom), mode=mode)[0]
-    return tensor
+    return padded(tensor[None], preprocessing)[0]
+
+
+def padded(normalised_N3HW: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Normalised images with the right and lower padding that the network needs."""
+    bottom, right = (-side % preprocessing.multiple_of for side in normalised_N3HW.shape[-2:])
+    if not (bottom or right):
+        return normalised_N3HW
+    # After normalising, the mean is 0.
+    mode = "replicate" if preprocessing.pad == "edge" else "constant"
+    return F.pad(normalised_N3HW, (0, right, 0, bottom), mode=mode)
