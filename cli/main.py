@@ -22,6 +22,7 @@ from segkd.cli.export import export
 from segkd.cli.options import VERBOSITY, Interrupted, set_up_logging
 from segkd.cli.plan import plan
 from segkd.cli.predict import predict
+from segkd.cli.report import report
 from segkd.cli.teacher_cache import teacher_cache
 from segkd.cli.train_student import train_student
 from segkd.pipeline.memory import keep_freed_memory
@@ -94,5 +95,6 @@ main.add_command(teacher_cache)
 main.add_command(train_student)
 main.add_command(evaluate)
 main.add_command(predict)
+main.add_command(report)
 main.add_command(export)
 main.add_command(ablate)

@@ -96,11 +96,13 @@ def main() -> None:
     rows = [("teacher", scores(str(teacher), "--speed", *run)), ("teacher, from the cache", scores("--cache", *run))]
     rows += [(arm.name, scores(str(last(output, arm)), "--speed", *run)) for arm in ARMS]
     pictures = draw(output, run, [("teacher", teacher), *((arm.name, last(output, arm)) for arm in ARMS)])
+    command("report", str(output), "--overwrite", "--output", str(output / "runs.html"))
     (output / "report.json").write_text(json.dumps(dict(rows), indent=1) + "\n")
     print(table(rows))
     print(
         f"\nOne seed: a demonstration, not evidence. {time.monotonic() - began:.0f} s in all."
-        f"\nPictures: {', '.join(map(str, pictures))}; figures: {output / 'report.json'}"
+        f"\nPictures: {', '.join(map(str, pictures))}; figures: {output / 'report.json'}; "
+        f"curves: {output / 'runs.html'}"
     )
 
 

@@ -149,7 +149,10 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     declared = {
         canonicalize_name(Requirement(text).name)
-        for text in [*DEPENDENCIES, *(text for extra in ("dense", "onnx", "tensorboard") for text in extras[extra])]
+        for text in [
+            *DEPENDENCIES,
+            *(text for extra in ("dense", "onnx", "tensorboard") for text in extras[extra]),
+        ]
     }
     providers = importlib.metadata.packages_distributions()
     undeclared = {

@@ -95,7 +95,7 @@ class RunFolder:
         except OSError as error:
             raise _cannot_write(self.metrics, error) from error
         if self._writer is not None:
-            for name, value in _flat(record):
+            for name, value in numbers(record):
                 self._writer.add_scalar(name, value, record["step"])
 
     def __enter__(self) -> RunFolder:
@@ -117,11 +117,11 @@ def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
-def _flat(record: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a record by their path."""
+def numbers(record: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a line of metrics.jsonl by their path (``gradient/zero_order``), but for its step."""
     for name, value in record.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
+            yield from numbers(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and name != "step":
             yield f"{prefix}{name}", value
 
