@@ -20,7 +20,7 @@ SELECT = "select"
 _OF_NO_ARM = ("ablate.", "train.seed", "fingerprints.code")
 """What runs of one group may differ in: what a sweep is told beside its arms, the seed, and segkd itself."""
 
-_NEEDED = ("distill", "student.reference", "teacher.reference", "train.seed", "train.steps")
+_NEEDED = ("distill", "student.reference", "train.seed", "train.steps")
 _TOLD = ("versions", "device", "threads")
 """What a page says of every run."""
 
@@ -48,6 +48,13 @@ class Run:
     def arm(self) -> dict[str, Any]:
         """The settings that runs of one group have in common."""
         return {key: value for key, value in self.settings.items() if not key.startswith(_OF_NO_ARM)}
+
+    @property
+    def teachers(self) -> str:
+        """What it learns from, for people. A cache can be learned from without a word of its teacher."""
+        if not self.settings["distill"]:
+            return "labels alone"
+        return f"labels, {self.settings.get('teacher.reference') or self.settings['cache.path']}"
 
     @property
     def seed(self) -> int:

@@ -172,6 +172,13 @@ def test_a_run_without_any_line_is_shown(tmp_path: Path) -> None:
     assert cells.captions == []
 
 
+def test_a_teacher_of_one_s_own_is_a_run_too(tmp_path: Path) -> None:
+    write(tmp_path / "teacher", teacher=None, distill=False)
+    write(tmp_path / "student", teacher=None, cache={"path": "c.zarr"})
+    cells = Cells(page(groups_of(find_runs([tmp_path])), {}, "a title"))
+    assert [cells.row(name)[0] for name in ("teacher", "student")] == ["labels alone", "labels, c.zarr"]
+
+
 def test_a_run_is_named_twice_and_counts_once(sweep: Path) -> None:
     assert [run.name for run in find_runs([sweep, sweep / "zero"])] == [
         "sweep/alone/seed-0",
