@@ -56,6 +56,8 @@ class DataReport:
     pixels: dict[str, tuple[int, ...]]
     """Pixels of each class in the label maps of each role, and last those that are ignored."""
     complaints: tuple[Complaint, ...]
+    broken: tuple[str, ...] = ()
+    """Ids of the samples of which a file could not be used: what ``data.skip`` leaves out."""
 
     @property
     def ok(self) -> bool:
@@ -81,6 +83,7 @@ class DataReport:
             "shares": {role: self.shares(role) for role in self.pixels},
             "ignored_pixels": {role: counts[-1] for role, counts in self.pixels.items()},
             "complaints": [complaint.to_dict() for complaint in self.complaints],
+            "broken": list(self.broken),
         }
 
     def table(self) -> str:
@@ -144,6 +147,7 @@ def check(config: DataConfig, *, progress: Progress = SILENT) -> DataReport:
             *_blank(samples, seen.contents, source),
             *_warnings(samples, names, seen.pixels),
         ),
+        broken=tuple(seen.broken),
     )
 
 
@@ -172,6 +176,8 @@ class _Seen:
         self.sizes: Counter[tuple[int, int]] = Counter()
         self.pixels: dict[Role, npt.NDArray[np.int64]] = {}
         self.complaints: list[Complaint] = []
+        self.broken: list[str] = []
+        """Ids of the samples that these complaints are of."""
         self.unmapped: list[tuple[str, frozenset[int]]] = []
         """Of each label map with codes that mean nothing: the error of the first, and all of them."""
         self.turned: list[Sample] = []
@@ -181,6 +187,7 @@ class _Seen:
             self.unmapped.append((finding.error, finding.unmapped))
         elif finding.error is not None:
             self.complaints.append(Complaint("error", finding.error))
+            self.broken.append(sample.id)
         if finding.size is not None:
             self.sizes[finding.size] += 1
         if finding.counts is not None:

@@ -21,7 +21,7 @@ Reader = Literal[
     "ade20k", "camvid", "cityscapes", "coco_stuff", "folder", "list", "pascal_context", "scenes", "voc2012"
 ]
 
-_ALL = {"unlabelled", "max_pixels", "compare_contents"}
+_ALL = {"unlabelled", "skip", "max_pixels", "compare_contents"}
 _LISTS = _ALL | {"root", "group", "lists", "classes", "palette", "label_values", "label_colours"}
 _FOLDERS = _LISTS | {"folders", "fractions", "without_labels"}
 _OPTIONS: Mapping[str, set[str]] = {
@@ -77,6 +77,9 @@ class DataConfig:
     unlabelled: tuple[str, ...] = ()
     """Folders of images, relative to the working directory, that join as role auxiliary, with all that is below them.
     Their ids are ``unlabelled/<name of the folder>/<name of the image in it>``. Labels are never looked for."""
+    skip: str | None = None
+    """A text file, relative to the working directory, of images that are left out: a sample's id or its image's file a
+    line. `segkd data check --list-broken` writes one; ``#`` begins a comment line."""
     classes: tuple[str, ...] = ()
     """Class names in index order; published data sets know their own."""
     background: bool = False

@@ -19,6 +19,7 @@ from segkd.pipeline.data.recognition import layout_of
 from segkd.pipeline.data.roles import Line, by_folders, by_fractions, by_lines, grouping, labels_apart, lines_of
 from segkd.pipeline.data.sample import SCORED, DataSource, Role
 from segkd.pipeline.data.scenes import SceneSource
+from segkd.pipeline.data.skipping import Skipped
 from segkd.pipeline.data.unlabelled import with_unlabelled
 from segkd.storage.errors import DataError
 
@@ -54,13 +55,15 @@ def open_data(config: DataConfig) -> DataSource:
 
 def find(config: DataConfig) -> Found:
     """The same with all that single samples lack as complaints; what leaves no data set at all is raised."""
-    found = Found(SceneSource(config.scenes)) if config.reader == "scenes" else _find_files(config)
+    skipped = Skipped(config.skip)
+    found = Found(SceneSource(config.scenes)) if config.reader == "scenes" else _find_files(config, skipped)
     if config.unlabelled:
-        return replace(found, source=with_unlabelled(found.source, config.unlabelled, config.max_pixels))
-    return found
+        joined = with_unlabelled(found.source, config.unlabelled, config.max_pixels, skipped)
+        found = replace(found, source=joined)
+    return replace(found, complaints=(*found.complaints, *skipped.complaints()))
 
 
-def _find_files(config: DataConfig) -> Found:
+def _find_files(config: DataConfig, skipped: Skipped) -> Found:
     root = Path(config.root)
     layout = layout_of(config.reader, root) if config.reader in LAYOUTS else None
     classes, label_map = describe(config, layout)
@@ -73,6 +76,8 @@ def _find_files(config: DataConfig) -> Found:
         roles = _roles(config, files, layout, complaints)
         lone = [str(root / name) for sample_id, name in sorted(files.labels.items()) if sample_id not in files.images]
         complaints += of_all("warning", lone, "a label map without an image; it is not used")
+    stay = skipped.without(((sample_id, files.images[sample_id]) for sample_id in roles), root)
+    roles = {sample_id: roles[sample_id] for sample_id in stay}
     complaints += _missing_labels(config, files, roles)
     group_of = _grouping(config, layout)
     rows = (

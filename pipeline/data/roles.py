@@ -25,20 +25,24 @@ class Line:
 def lines_of(lists: Mapping[Role, str]) -> Iterator[Line]:
     """The lines of all list files but comments and blank ones. Raises ConfigError, and DataError for an empty file."""
     for role, file in lists.items():
-        try:
-            text = Path(file).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise ConfigError(
-                f"data.lists.{role} = {file!r} cannot be read ({reason}); its path is relative to the working directory"
-            ) from None
-        empty = True
-        for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
-            if line and not line.startswith("#"):
-                empty = False
-                yield Line(role, line, f"{file}, line {number}")
-        if empty:
+        lines = list(lines_of_file(file, f"data.lists.{role}"))
+        if not lines:
             raise DataError(f"{file}: names no sample; fill it, or remove data.lists.{role}")
+        yield from (Line(role, text, place) for place, text in lines)
+
+
+def lines_of_file(file: str, setting: str) -> Iterator[tuple[str, str]]:
+    """Place and text of each line but comments and blank ones. Raises ConfigError, naming the setting."""
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(
+            f"{setting} = {file!r} cannot be read ({reason}); its path is relative to the working directory"
+        ) from None
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+        if line and not line.startswith("#"):
+            yield f"{file}, line {number}", line
 
 
 def by_lines(named: Iterable[tuple[str, Line]]) -> dict[str, Role]:

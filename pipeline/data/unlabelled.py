@@ -15,6 +15,7 @@ from segkd.pipeline.data.images import IMAGE_EXTENSIONS
 from segkd.pipeline.data.labels import LabelMap
 from segkd.pipeline.data.names import Naming, by_stem, names_under
 from segkd.pipeline.data.sample import Classes, DataSource, Role, Sample
+from segkd.pipeline.data.skipping import Skipped
 from segkd.storage.errors import ConfigError, DataError
 
 PREFIX = "unlabelled"
@@ -58,8 +59,8 @@ class JoinedSource:
         return self._folders[rest.split("/")[0]] if prefix == PREFIX else self._source
 
 
-def with_unlabelled(source: DataSource, folders: Sequence[str], max_pixels: int) -> JoinedSource:
-    """``source`` and the images in ``folders``, at any depth, as samples of role auxiliary.
+def with_unlabelled(source: DataSource, folders: Sequence[str], max_pixels: int, skipped: Skipped) -> JoinedSource:
+    """``source`` and the images in ``folders``, at any depth, as samples of role auxiliary, but those to leave out.
 
     Each image's group is the folder that it lies in: frames of one clip usually lie together. Raises ConfigError for
     folders of one name or inside each other, DataError for one without images.
@@ -84,17 +85,17 @@ def with_unlabelled(source: DataSource, folders: Sequence[str], max_pixels: int)
     return JoinedSource(
         source,
         {
-            name: FileSource(folder, _rows(name, folder), classes, no_labels, max_pixels)
+            name: FileSource(folder, _rows(name, folder, skipped), classes, no_labels, max_pixels)
             for name, folder in by_name.items()
         },
     )
 
 
-def _rows(name: str, folder: Path) -> Iterator[Row]:
+def _rows(name: str, folder: Path, skipped: Skipped) -> Iterator[Row]:
     naming = Naming("", IMAGE_EXTENSIONS)
     found = by_stem(names_under(folder), naming, folder)
     if not found:
         raise DataError(f"{folder}: holds no images; expected files {naming}, or correct data.unlabelled")
-    for stem, file in found.items():
-        sample_id = f"{PREFIX}/{name}/{stem}"
-        yield sample_id, Role.AUXILIARY, str(PurePosixPath(sample_id).parent), file, None
+    files = {f"{PREFIX}/{name}/{stem}": file for stem, file in found.items()}
+    for sample_id in skipped.without(files.items(), folder):
+        yield sample_id, Role.AUXILIARY, str(PurePosixPath(sample_id).parent), files[sample_id], None
