@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from segkd.cli.options import json_option, overwrite_option, reference_option, show, verbosity_options
-
-if TYPE_CHECKING:
-    from segkd.pipeline.models.deployed import Returns
 
 
 @click.command("export", short_help="Write a network as ONNX or torch.export, checked.")
@@ -19,11 +14,10 @@ if TYPE_CHECKING:
     "--size", type=(int, int), metavar="HEIGHT WIDTH", required=True, help="The images that it is for, in pixels."
 )
 @click.option(
-    "--returns",
-    type=click.Choice(["labels", "log-probabilities"]),
-    default="labels",
+    "--labels/--no-labels",
+    default=True,
     show_default=True,
-    help="The class index of each pixel, or what the network says on its own grid.",
+    help="Whether it returns the class index of each pixel, too, or what the network says on its own grid alone.",
 )
 @reference_option
 @overwrite_option
@@ -33,7 +27,7 @@ def export(
     checkpoint: str,
     output: str,
     size: tuple[int, int],
-    returns: Returns,
+    labels: bool,
     reference: str | None,
     overwrite: bool,
     as_json: bool,
@@ -51,5 +45,5 @@ def export(
     from segkd.pipeline.export import export as export_network
 
     predictor, classes = checkpoint_predictor(checkpoint, reference=reference, device=torch.device("cpu"))
-    written = export_network(predictor, classes, Path(output), size=size, returns=returns, overwrite=overwrite)
+    written = export_network(predictor, classes, Path(output), size=size, labels=labels, overwrite=overwrite)
     show(written.to_dict(), written.text(), as_json=as_json)

@@ -64,6 +64,12 @@ class NetworkError(SegkdError, ValueError):
     """A network reference cannot be resolved, or the network does not behave as it is described."""
 
 
+class ExportError(SegkdError, ValueError):
+    """A network cannot be written as a program, or the program does not answer as the network does."""
+
+    exit_status = 1
+
+
 class NonFiniteError(SegkdError, ArithmeticError):
     """A NaN or an infinity appeared where only finite numbers make sense."""
 

@@ -338,7 +338,7 @@ def test_an_image_that_holds_no_cell_is_named(sized: RunConfig) -> None:
     small = Path(sized.data.root) / "images" / "b" / "1.png"
     Image.fromarray(np.zeros((1, 40, 3), np.uint8)).save(small)
     padded = replace(sized.the_teacher().preprocessing, multiple_of=8)
-    message = "b/1: no cell of the teacher lies in its 1x40 pixels; leave the image out, or give the teacher a resize"
+    message = "b/1: no cell of the network lies in its 1x40 pixels; leave the image out, or give the network a resize"
     with pytest.raises(DataError, match=f"^{message}$"):
         teacher_cache(replace(sized, teacher=replace(sized.the_teacher(), preprocessing=padded)))
 

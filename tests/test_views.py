@@ -179,13 +179,13 @@ def test_a_view_whose_cells_all_lie_in_padding_is_refused(run: Path) -> None:
     # 12 pixels become 3 of 32, and the first centre lies at 3.5: 14 in the image.
     assert (predictor.blind_scale(12, 64), predictor.blind_scale(64, 64)) == (0.25, None)
     expected = (
-        "img: no cell of the teacher lies in its 12x64 pixels at 0.25 times its size; leave 0.25 out of "
+        "img: no cell of the network lies in its 12x64 pixels at 0.25 times its size; leave 0.25 out of "
         "teacher.views.scales, or leave the image out"
     )
     with pytest.raises(NetworkError, match=f"^{re.escape(expected)}$"):
         predictor.predict([noise(12, 64)], ["img"])
     with pytest.raises(
-        NetworkError, match=r"^an image: no cell of the teacher lies in its 12x64 pixels at 0\.25 times"
+        NetworkError, match=r"^an image: no cell of the network lies in its 12x64 pixels at 0\.25 times"
     ):
         predictor_of(Views(scales=(0.25,)), replace(AS_IT_IS, multiple_of=32)).predict([noise(12, 64)])
     # Three pixels, padded to 32: the first centre lies at 3.5. Twice as large it would be seen.
@@ -196,7 +196,7 @@ def test_a_view_whose_cells_all_lie_in_padding_is_refused(run: Path) -> None:
         "teacher.preprocessing.scale=0.5",
         "teacher.preprocessing.multiple_of=32",
     ]
-    with pytest.raises(DataError, match=r"^\w/0: no cell of the teacher lies in its \d+x\d+ pixels at 0\.0625 times"):
+    with pytest.raises(DataError, match=r"^\w/0: no cell of the network lies in its \d+x\d+ pixels at 0\.0625 times"):
         open_run(load(run, settings))
 
 

@@ -24,9 +24,12 @@ _HALF = 0.5 + 2**-12
 
 
 class Deployed(nn.Module):
-    """What a :class:`Predictor` does to images of one size, in operations that ``torch.export`` and ONNX know."""
+    """What a :class:`Predictor` does to images of one size, in operations that ``torch.export`` and ONNX know.
 
-    def __init__(self, predictor: Predictor, size: tuple[int, int], returns: Returns) -> None:
+    Returns log-probabilities, and before them, with ``labels``, the label of each pixel.
+    """
+
+    def __init__(self, predictor: Predictor, size: tuple[int, int], *, labels: bool) -> None:
         """``size``: the images' height and width."""
         super().__init__()
         self.network = predictor.network
@@ -35,18 +38,18 @@ class Deployed(nn.Module):
         self._mapping, self._kept = kept_cells(predictor.grid, self._preprocessing, *size)
         self._upsampling = upsampling(self._mapping, size)
         self._over_classes = predictor.over_classes
-        self._returns = returns
+        self._labels = labels
 
-    def forward(self, images_N3HW: Tensor) -> Tensor:
-        """Labels N,H,W of the images, or log-probabilities N,C,h,w."""
+    def forward(self, images_N3HW: Tensor) -> tuple[Tensor, ...]:
+        """Labels N,H,W of the images where they are wanted, and log-probabilities N,C,h,w."""
         inputs_N3HW = padded(normalise(self._resized(images_N3HW), self._preprocessing), self._preprocessing)
         logits_NChw: Tensor = self.network(inputs_N3HW)
         rows, columns = self._kept
         logits_NChw = logits_NChw[..., rows.start : rows.stop, columns.start : columns.stop]
         log_probs_NChw = self._over_classes(logits_NChw.float().log_softmax(1))
-        if self._returns == "log-probabilities":
-            return log_probs_NChw
-        return self._at_pixels(log_probs_NChw).argmax(1).to(torch.uint8)
+        if not self._labels:
+            return (log_probs_NChw,)
+        return self._at_pixels(log_probs_NChw).argmax(1).to(torch.uint8), log_probs_NChw
 
     def _resized(self, images_N3HW: Tensor) -> Tensor:
         """The images as :func:`segkd.pipeline.models.preprocessing.resized` has them: Pillow works along rows, then

@@ -198,7 +198,7 @@ class Predictor:
         """
         mapping = self.mapping(*image_size)
         plainly = self.views == (self._plain,)
-        if not plainly and (scale := self.blind_scale(*image_size)) is not None:
+        if (scale := self.blind_scale(*image_size)) is not None:
             raise NetworkError(no_cell(names[0] if names else "an image", image_size, scale))
         total_NChw: Tensor | None = None
         for view, inputs_N3HW in zip(self.views, prepared, strict=True):
@@ -270,14 +270,14 @@ class Predictor:
 
 
 def no_cell(name: str, size: tuple[int, int], scale: float) -> str:
-    """What is wrong with an image in which a teacher has no cell, and what can be done."""
+    """What is wrong with an image in which a network has no cell, and what can be done."""
     remedy = (
-        "leave the image out, or give the teacher a resize"
+        "leave the image out, or give the network a resize"
         if scale == 1
         else f"leave {scale:g} out of teacher.views.scales, or leave the image out"
     )
     at = "" if scale == 1 else f" at {scale:g} times its size"
-    return f"{name}: no cell of the teacher lies in its {size[0]}x{size[1]} pixels{at}; {remedy}"
+    return f"{name}: no cell of the network lies in its {size[0]}x{size[1]} pixels{at}; {remedy}"
 
 
 def batched(prepared: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
