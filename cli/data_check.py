@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from segkd.storage.errors import OutputExistsError
 
 if TYPE_CHECKING:
     from segkd.pipeline.config import RunConfig
+    from segkd.pipeline.data.check import DataReport
 
 
 @click.command("check", short_help="Count, measure, complain; draft a description.")
@@ -44,27 +44,36 @@ def data_check(
 
     from segkd.pipeline.data.check import check
 
-    if list_broken is not None:
+    joins = list_broken is not None and run.data.skip is not None and Path(list_broken) == Path(run.data.skip)
+    if list_broken is not None and not joins:
         _require_free(list_broken, overwrite=overwrite)
     report = check(run.data, progress=progress())
     complaints = [f"{complaint.severity}: {complaint}" for complaint in report.complaints]
-    if report.broken:
-        complaints.append(_left_out(report.broken, list_broken))
+    if report.broken or list_broken is not None:
+        complaints.append(_left_out(report, list_broken, joins=joins))
     show(report.to_dict(), "\n".join(filter(None, [report.table(), *complaints])), as_json=as_json)
     if not report.ok:
         click.get_current_context().exit(1)
 
 
-def _left_out(broken: Sequence[str], file: str | None) -> str:
-    """Writes the ids of samples that cannot be used where that is asked for, and says how to do without them."""
+def _left_out(report: DataReport, file: str | None, *, joins: bool) -> str:
+    """Writes the ids of samples whose files cannot be used where that is asked for, behind the lines of ``file`` where
+    it ``joins`` them, and says how to do without them."""
     from segkd.pipeline.output import replacing
 
+    broken, errors = report.broken, sum(complaint.severity == "error" for complaint in report.complaints)
     count = f"{len(broken):,} sample{'s' if len(broken) > 1 else ''}"
+    if not broken:
+        return f"No file is broken; {file} {'stays as it is' if joins else 'is not written'}"
     if file is None:
         return f'To do without {count}: --list-broken broken.txt, and skip = "broken.txt" in [data]'
+    before = Path(file).read_text(encoding="utf-8-sig").splitlines() if joins else []
     with replacing(Path(file)) as partial:
-        partial.write_text("".join(f"{sample_id}\n" for sample_id in broken), encoding="utf-8")
-    return f"{file} names {count}; skip = {json.dumps(file)} in [data] leaves them out"
+        partial.write_text("".join(f"{line}\n" for line in (*before, *broken)), encoding="utf-8")
+    others = f"; {errors - len(broken):,} more of the errors are not of broken files" if errors > len(broken) else ""
+    if joins:
+        return f"{file} names {count} more, which leaves them out{others}"
+    return f"{file} names {count}; skip = {json.dumps(file)} in [data] leaves them out{others}"
 
 
 def _require_free(file: str, *, overwrite: bool) -> None:

@@ -11,7 +11,11 @@ from segkd.cli.options import json_option, overwrite_option, reference_option, s
 @click.argument("checkpoint", metavar="CHECKPOINT")
 @click.argument("output", metavar="OUTPUT")
 @click.option(
-    "--size", type=(int, int), metavar="HEIGHT WIDTH", required=True, help="The images that it is for, in pixels."
+    "--size",
+    type=(int, int),
+    metavar="HEIGHT WIDTH",
+    required=True,
+    help="The images that it is for, in pixels: --size 480 640.",
 )
 @click.option(
     "--labels/--no-labels",

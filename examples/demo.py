@@ -102,7 +102,7 @@ def main() -> None:
     print(
         f"\nOne seed: a demonstration, not evidence. {time.monotonic() - began:.0f} s in all."
         f"\nPictures: {', '.join(map(str, pictures))}; figures: {output / 'report.json'}; "
-        f"curves: {output / 'runs.html'}"
+        f"curves, and scores on role select: {output / 'runs.html'}"
     )
 
 
@@ -142,7 +142,7 @@ def table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """The scores side by side; the gains are over the student alone."""
     alone = dict(rows)[ARMS[0].name]["scores"]["miou"]
     width = max(len(name) for name, _ in rows)
-    lines = [f"\n{'':{width}}   mIoU   gain  boundary  parameters   GFLOPs  ms (p50)"]
+    lines = [f"\n{'on role report':{width}}   mIoU   gain  boundary  parameters   GFLOPs  ms (p50)"]
     for name, found in rows:
         miou, boundary, cost = found["scores"]["miou"], found["scores"]["boundary_miou"], found["cost"]
         gain = f"{miou - alone:+6.2f}" if name.startswith("student") else "      "

@@ -140,6 +140,10 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in folders and below them, by name. Raises CheckpointError where there is none or one is damaged."""
     runs = {}
     for folder in folders:
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder}: there is no such folder; name one that train-student or ablate has written"
+            )
         paths = sorted(path.parent for path in folder.rglob("run.json"))
         if not paths:
             raise CheckpointError(

@@ -226,12 +226,14 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "a truncated image": (
         lambda root: (root / "images/a/0.png").write_bytes((root / "images/a/0.png").read_bytes()[:100]),
         1,
-        "ROOT/images/a/0.png: cannot be read (image file is truncated); restore the file or take it out of the data",
+        "ROOT/images/a/0.png: cannot be read (image file is truncated); restore the file, or leave it out: "
+        "segkd data check --list-broken writes a list for data.skip",
     ),
     "a truncated JPEG": (
         put_half_a_jpeg,
         1,
-        "ROOT/images/a/0.jpg: cannot be read (image file is truncated); restore the file or take it out of the data",
+        "ROOT/images/a/0.jpg: cannot be read (image file is truncated); restore the file, or leave it out: "
+        "segkd data check --list-broken writes a list for data.skip",
     ),
     "a 16-bit image": (
         lambda root: spoil(root / "images/a/0.png", np.zeros((32, 40), np.uint16)),
@@ -343,7 +345,8 @@ def test_an_image_that_fails_stage_1_is_named_and_its_unit_not_committed(run: Pa
     image.write_bytes(image.read_bytes()[:100])
     fails(
         1,
-        f"{image}: cannot be read (image file is truncated); restore the file or take it out of the data",
+        f"{image}: cannot be read (image file is truncated); restore the file, or leave it out: "
+        "segkd data check --list-broken writes a list for data.skip",
         *("teacher-cache", "-c", run, "-q"),
     )
     unfinished = segkd("evaluate", "-c", run, "--cache", "-q")

@@ -91,7 +91,9 @@ def test_every_bad_file_is_named(tmp_path: Path) -> None:
         'needs one, one of role auxiliary does not: data.without_labels = "auxiliary" leaves it out'
     )
     assert re.fullmatch(
-        re.escape(f"{cut}: cannot be read (") + ".*" + re.escape("); restore the file or take it out of the data"),
+        re.escape(f"{cut}: cannot be read (")
+        + ".*"
+        + re.escape("); restore the file, or leave it out: segkd data check --list-broken writes a list for data.skip"),
         of_files[0],
     )
     assert of_files[1:] == [

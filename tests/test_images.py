@@ -19,6 +19,8 @@ from segkd.storage.errors import DataError
 TALL = np.random.default_rng(0).integers(0, 256, (5, 3, 3), np.uint8)
 """H, W = 5, 3."""
 
+LEAVE_OUT = "restore the file, or leave it out: segkd data check --list-broken writes a list for data.skip"
+
 
 def fails(message: str) -> pytest.RaisesExc[DataError]:
     return pytest.raises(DataError, match=f"^{re.escape(message)}$")
@@ -74,7 +76,10 @@ def test_size_needs_the_header_alone(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
     assert read_size(file) == (64, 48)
     truncated = re.escape(f"{file}: cannot be read (image file is truncated)")
-    with pytest.raises(DataError, match=f"^{truncated}; restore the file or take it out of the data$"):
+    with pytest.raises(
+        DataError,
+        match=f"^{truncated}; {LEAVE_OUT}$",
+    ):
         read_image(file)
 
 
@@ -179,7 +184,7 @@ def test_what_is_no_image(tmp_path: Path, content: bytes | None, reason: str) ->
     if content is not None:
         file.write_bytes(content)
     for read in (read_size, read_image):
-        with fails(f"{file}: cannot be read ({reason}); restore the file or take it out of the data"):
+        with fails(f"{file}: cannot be read ({reason}); {LEAVE_OUT}"):
             read(file)
 
 
@@ -197,9 +202,7 @@ def test_every_cut_of_a_png_is_a_data_error(tmp_path: Path) -> None:
 def test_digest_is_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert digest(tmp_path / "a") == hashlib.sha256(b"abc").digest()[:16]
-    with fails(
-        f"{tmp_path / 'b'}: cannot be read (No such file or directory); restore the file or take it out of the data"
-    ):
+    with fails(f"{tmp_path / 'b'}: cannot be read (No such file or directory); {LEAVE_OUT}"):
         digest(tmp_path / "b")
 
 

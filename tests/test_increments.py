@@ -217,8 +217,8 @@ def test_a_list_that_changed_before_the_cache_was_finished(run: Path) -> None:
     change(run)
     message = (
         f"{config.cache.path} was begun with another list of samples and is not finished: generation 0 was to hold 6 "
-        "and has 4, of which the list has removed 0 and changed 1; it has 6 now. Finish it with the list that it was "
-        "begun with, or give --close: what is written stays, and the rest is added"
+        "and has 4, of which the list has removed 0 and changed 1; it has 6 now. Give --close: what is written "
+        "stays, and the rest is added; or finish it with the list that it was begun with"
     )
     with pytest.raises(CacheMismatchError) as refused:
         teacher_cache(config)

@@ -39,7 +39,10 @@ class Small(nn.Module):
         ({"ema": 1.0}, "train.ema is 1.0; it must be at least 0 and less than 1"),
         ({"momentum": 1.0}, "train.momentum is 1.0; it must be at least 0 and less than 1"),
         ({"clip": math.inf}, "train.clip is inf; it must be 0 or more"),
-        ({"steps": 10, "warmup": 10}, "train.warmup is 10, train.steps 10; the warm-up must be shorter"),
+        (
+            {"steps": 10, "warmup": 10},
+            "train.warmup is 10, train.steps 10; the warm-up must be shorter: set train.warmup",
+        ),
         (
             {"class_weights": (1.0, -1.0)},
             "train.class_weights is (1.0, -1.0); every weight must be 0 or more, and not all of them 0",

@@ -254,3 +254,8 @@ def test_folders_without_a_run(tmp_path: Path) -> None:
         f"Error: {tmp_path}: no run is in it or below; name a folder that train-student or ablate has written "
         "(--output)\n",
     )
+    result = segkd("report", tmp_path / "none", "-o", tmp_path / "report.html")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        f"Error: {tmp_path / 'none'}: there is no such folder; name one that train-student or ablate has written\n",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,8 @@ def test_images_are_named_by_id_or_file(root: Path) -> None:
     lines = ["# broken", "", "a/0", "images/a/1.png", str(root / "set/images/b/0.png"), "unlabelled/clips/x"]
     found = find(config(root, *lines))
     assert [sample.id for sample in found.source.samples] == ["unlabelled/clips/in/y", "a/2"]
-    assert found.complaints == ()
-    assert found.unused == 3
+    assert found.complaints == found.idle == ()
+    assert (found.unused, found.skipped) == (0, 4)
     assert [sample.id for sample in open_data(config(root, str(root / "clips/in/y.png"))).samples] == [
         *("unlabelled/clips/x", "b/0", "a/0", "a/1", "a/2"),
     ]
@@ -69,15 +70,20 @@ def test_an_image_that_is_left_out_needs_no_label_map(root: Path) -> None:
     ]
 
 
-def test_a_line_that_names_nothing_is_told_and_harms_nothing(root: Path) -> None:
+def test_a_line_that_names_nothing_is_told_and_harms_nothing(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     described = config(root, "a/0", "a/9", "images/a/8.png")
-    assert len(open_data(described).samples) == 5
     skip = root / "skip.txt"
-    (told,) = (str(complaint) for complaint in check(described).complaints if "to leave out" in str(complaint))
-    assert told == (
+    message = (
         f"{skip}, line 2: there is no sample or image 'a/9' to leave out; so it is with {skip}, line 3 "
         "('images/a/8.png')"
     )
+    assert len(open_data(described).samples) == 5
+    assert [record.message for record in caplog.records] == [message]
+    assert [str(told) for told in check(described).complaints if "to leave out" in str(told)] == [message]
+
+
+def test_no_file_is_none(root: Path) -> None:
+    assert len(open_data(replace(config(root, "a/0"), skip="")).samples) == 6
 
 
 def test_a_list_that_cannot_be_read(root: Path) -> None:
@@ -89,6 +95,35 @@ def test_a_list_that_cannot_be_read(root: Path) -> None:
         f"data.skip = '{root / 'skip.txt'}' cannot be read (No such file or directory); its path is relative to the "
         "working directory"
     )
+
+
+def test_what_else_is_broken_joins_the_list(root: Path) -> None:
+    run, skip = root / "run.toml", root / "skip.txt"
+    skip.write_text("# by hand\na/0\n")
+    run.write_text(
+        f"""[data]
+reader = "folder"
+root = {json.dumps(str(root / "set"))}
+classes = ["road", "sky"]
+folders = {{ train = ["a"], report = ["b"] }}
+skip = {json.dumps(str(skip))}
+"""
+    )
+    result = segkd("data", "check", "-c", run, "--list-broken", skip)
+    assert f"No file is broken; {skip} stays as it is\n" in result.stdout
+    assert "\n(skipped)        1\n" in result.stdout
+    result = segkd("data", "check", "-c", run, "--list-broken", root / "other.txt")
+    assert f"No file is broken; {root / 'other.txt'} is not written\n" in result.stdout
+    assert not (root / "other.txt").exists()
+    (root / "set/images/a/1.png").write_bytes(b"no image")
+    (root / "set/labels/a/2.png").unlink()
+    result = segkd("data", "check", "-c", run, "--list-broken", skip)
+    assert result.exit_code == 1
+    assert (
+        f"{skip} names 1 sample more, which leaves them out; 1 more of the errors are not of broken files\n"
+        in result.stdout
+    )
+    assert skip.read_text() == "# by hand\na/0\na/1\n"
 
 
 def test_broken_images_are_listed_and_stage_1_does_without_them(run: Path, tmp_path: Path) -> None:
@@ -110,10 +145,11 @@ def test_broken_images_are_listed_and_stage_1_does_without_them(run: Path, tmp_p
     )
     skip = ("-s", f"data.skip={json.dumps(str(list_of))}")
     report = json.loads(segkd("data", "check", "-c", run, *skip, "--json").stdout)
-    assert (report["ok"], report["broken"], report["unused"]) == (True, [], 1)
+    assert (report["ok"], report["broken"], report["skipped"], report["unused"]) == (True, [], 1, 0)
     # What had been written before the broken image was met is kept.
     result = segkd("teacher-cache", "-c", run, *skip, "--close")
     assert result.exit_code == 0, result.stderr
     info = json.loads(segkd("cache", "info", run.parent / "cache.zarr", "--json").stdout)
     assert sum(info["roles"].values()) == 5
-    assert segkd("train-student", "-c", run, *skip, "-s", "train.labelled=1").exit_code == 0
+    result = segkd("train-student", "-c", run, *skip, "-s", "train.labelled=1", "--output", tmp_path / "student")
+    assert result.exit_code == 0, result.stderr

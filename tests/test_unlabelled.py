@@ -120,7 +120,7 @@ def test_check_counts_them(tmp_path: Path) -> None:
     assert (report.samples, report.labelled) == ({"train": 1, "auxiliary": 2}, {"train": 1, "auxiliary": 0})
     assert [complaint.message for complaint in report.complaints if complaint.severity == "error"] == [
         f"{tmp_path}/clips/b.png: cannot be read (not an image of a known format); "
-        "restore the file or take it out of the data"
+        "restore the file, or leave it out: segkd data check --list-broken writes a list for data.skip"
     ]
 
 

@@ -51,6 +51,8 @@ class DataReport:
     """Those of them that have a label map."""
     unused: int
     """Images without a role."""
+    skipped: int
+    """Images that ``data.skip`` leaves out."""
     sizes: dict[tuple[int, int], int]
     """Images of each H, W."""
     pixels: dict[str, tuple[int, ...]]
@@ -79,6 +81,7 @@ class DataReport:
             "samples": self.samples,
             "labelled": self.labelled,
             "unused": self.unused,
+            "skipped": self.skipped,
             "sizes": {f"{height}x{width}": count for (height, width), count in self.sizes.items()},
             "shares": {role: self.shares(role) for role in self.pixels},
             "ignored_pixels": {role: counts[-1] for role, counts in self.pixels.items()},
@@ -93,8 +96,8 @@ class DataReport:
         lines = [self.layout, ""] if self.layout else []
         lines += ["role       samples  labelled"]
         lines += [f"{role:<9}  {self.samples[role]:7}  {self.labelled[role]:8}" for role in self.samples]
-        if self.unused:
-            lines.append(f"{'(unused)':<9}  {self.unused:7}")
+        apart = {"(unused)": self.unused, "(skipped)": self.skipped}
+        lines += [f"{name:<9}  {count:7}" for name, count in apart.items() if count]
         common = Counter(self.sizes).most_common(5)
         more = f" and {len(self.sizes) - 5} more" if len(self.sizes) > 5 else ""
         lines += ["", "height x width: " + ", ".join(f"{h} x {w} ({count})" for (h, w), count in common) + more]
@@ -118,6 +121,7 @@ def check(config: DataConfig, *, progress: Progress = SILENT) -> DataReport:
             samples={},
             labelled={},
             unused=0,
+            skipped=0,
             sizes={},
             pixels={},
             complaints=(Complaint("error", str(error)),),
@@ -136,10 +140,12 @@ def check(config: DataConfig, *, progress: Progress = SILENT) -> DataReport:
         samples={role: sum(sample.role is role for sample in samples) for role in present},
         labelled={role: sum(sample.role is role and sample.labelled for sample in samples) for role in present},
         unused=found.unused,
+        skipped=found.skipped,
         sizes=dict(seen.sizes),
         pixels={role: tuple(map(int, seen.pixels[role])) for role in present if role in seen.pixels},
         complaints=(
             *found.complaints,
+            *found.idle,
             *seen.complaints,
             *_unmapped(found.label_map, names, seen.unmapped),
             *_turned(seen.turned, source),

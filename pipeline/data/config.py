@@ -79,7 +79,7 @@ class DataConfig:
     Their ids are ``unlabelled/<name of the folder>/<name of the image in it>``. Labels are never looked for."""
     skip: str | None = None
     """A text file, relative to the working directory, of images that are left out: a sample's id or its image's file a
-    line. `segkd data check --list-broken` writes one; ``#`` begins a comment line."""
+    line. `segkd data check --list-broken` writes one; ``#`` begins a comment line. Empty: none."""
     classes: tuple[str, ...] = ()
     """Class names in index order; published data sets know their own."""
     background: bool = False

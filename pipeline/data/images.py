@@ -42,6 +42,17 @@ _DEEP = re.compile(r"\b(RGB[AX]?|LA|L);16")
 """Decoders that keep the upper byte of 16-bit channels, in a mode that looks like 8 bits."""
 
 
+class UnreadableError(DataError):
+    """A file that is no image, or not whole."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what}; {remedy}")
+        self.what = what
+
+    def __reduce__(self) -> tuple[type[UnreadableError], tuple[str, str]]:
+        return UnreadableError, (self.what, str(self).removeprefix(f"{self.what}; "))
+
+
 def read_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """H, W of the upright image, from the file's header alone."""
     with _opened(path, max_pixels) as image:
@@ -118,7 +129,10 @@ def _unreadable(path: Path, error: BaseException) -> DataError:
     else:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
         reason = _UNREAD.sub("", reason)
-    return DataError(f"{path}: cannot be read ({reason}); restore the file or take it out of the data")
+    return UnreadableError(
+        f"{path}: cannot be read ({reason})",
+        "restore the file, or leave it out: segkd data check --list-broken writes a list for data.skip",
+    )
 
 
 def _orientation(image: Image.Image) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -23,6 +24,8 @@ from segkd.pipeline.data.skipping import Skipped
 from segkd.pipeline.data.unlabelled import with_unlabelled
 from segkd.storage.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 _EXTENSIONS = images.IMAGE_EXTENSIONS | images.LABEL_EXTENSIONS
 
 
@@ -33,6 +36,10 @@ class Found:
     source: DataSource
     unused: int = 0
     """Images that have no role."""
+    skipped: int = 0
+    """Images that ``data.skip`` leaves out."""
+    idle: tuple[Complaint, ...] = ()
+    """What is wrong with ``data.skip`` itself."""
     complaints: tuple[Complaint, ...] = ()
     label_map: LabelMap | None = None
     """What the values of label maps mean, where there are files of them."""
@@ -50,6 +57,8 @@ def open_data(config: DataConfig) -> DataSource:
     if errors:
         more = f" (and {len(errors) - 1} more: run `segkd data check`)" if len(errors) > 1 else ""
         raise DataError(errors[0] + more)
+    for complaint in found.idle:
+        logger.warning(str(complaint))
     return found.source
 
 
@@ -60,7 +69,7 @@ def find(config: DataConfig) -> Found:
     if config.unlabelled:
         joined = with_unlabelled(found.source, config.unlabelled, config.max_pixels, skipped)
         found = replace(found, source=joined)
-    return replace(found, complaints=(*found.complaints, *skipped.complaints()))
+    return replace(found, skipped=skipped.count, idle=tuple(skipped.complaints()))
 
 
 def _find_files(config: DataConfig, skipped: Skipped) -> Found:
@@ -76,6 +85,7 @@ def _find_files(config: DataConfig, skipped: Skipped) -> Found:
         roles = _roles(config, files, layout, complaints)
         lone = [str(root / name) for sample_id, name in sorted(files.labels.items()) if sample_id not in files.images]
         complaints += of_all("warning", lone, "a label map without an image; it is not used")
+    unused = len(files.images) - len(roles)
     stay = skipped.without(((sample_id, files.images[sample_id]) for sample_id in roles), root)
     roles = {sample_id: roles[sample_id] for sample_id in stay}
     complaints += _missing_labels(config, files, roles)
@@ -85,8 +95,8 @@ def _find_files(config: DataConfig, skipped: Skipped) -> Found:
         for sample_id, role in roles.items()
     )
     source = FileSource(root, rows, classes, label_map, config.max_pixels)
-    unused = len(files.images) - len(roles)
-    return Found(source, unused, tuple(complaints), label_map, _told(config, files, layout))
+    told = _told(config, files, layout)
+    return Found(source, unused, complaints=tuple(complaints), label_map=label_map, told=told)
 
 
 def _told(config: DataConfig, files: Files, layout: Layout | None) -> str:

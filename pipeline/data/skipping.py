@@ -14,8 +14,10 @@ class Skipped:
 
     def __init__(self, file: str | None) -> None:
         """Raises ConfigError for a file that cannot be read."""
-        self._lines = {} if file is None else {text: place for place, text in lines_of_file(file, "data.skip")}
+        self._lines = {text: place for place, text in lines_of_file(file, "data.skip")} if file else {}
         self._idle = dict(self._lines)
+        self.count = 0
+        """How many samples were left out."""
 
     def without(self, samples: Iterable[tuple[str, str]], root: Path) -> Iterator[str]:
         """The ids of those samples that stay; ``samples`` are ids and their images' files below ``root``."""
@@ -25,6 +27,7 @@ class Skipped:
                 self._idle.pop(line, None)
             if not found:
                 yield sample_id
+            self.count += bool(found)
 
     def complaints(self) -> Iterator[Complaint]:
         """Of lines that named no image, once all were asked for: it is a slip of the pen, or the file is gone."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
-from segkd.pipeline.data.images import IMAGE_EXTENSIONS, read_image
+from segkd.pipeline.data.images import IMAGE_EXTENSIONS, UnreadableError, read_image
 from segkd.pipeline.data.sample import IGNORE, Classes
 from segkd.pipeline.evaluation.pictures import overlay, palette_table
 from segkd.pipeline.evaluation.pixels import check_output, label_map
@@ -100,7 +100,10 @@ def predict_images(
             image_HW3 = read_image(path)
         except DataError as error:
             if on_error == "fail":
-                raise
+                if not isinstance(error, UnreadableError):
+                    raise
+                remedy = "restore the file, or go on without it: --on-error skip --overwrite"
+                raise UnreadableError(error.what, remedy) from error
             skipped[name] = str(error)
         else:
             log_probs_1Chw, mapping = predict(image_HW3)

@@ -156,7 +156,10 @@ class TrainConfig:
                 'choose samples by what the cache says of them; leave them out, or set train.teacher_view = "cache"'
             )
         if self.warmup >= self.steps:
-            raise ConfigError(f"train.warmup is {self.warmup}, train.steps {self.steps}; the warm-up must be shorter")
+            raise ConfigError(
+                f"train.warmup is {self.warmup}, train.steps {self.steps}; the warm-up must be shorter: "
+                "set train.warmup"
+            )
         if isinstance(self.class_weights, tuple):
             self._check_class_weights(self.class_weights)
 

@@ -111,7 +111,7 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool, progre
 
 def _warn_of_padding(run: RunConfig, source: DataSource) -> None:
     """Of crops that are mostly padding at any scale, by the first image to learn from."""
-    learned = with_role(source, *LEARNED)
+    learned = with_role(source, Role.TRAIN) or with_role(source, Role.AUXILIARY)
     if not learned:
         return
     height, width = source.size(learned[0])

@@ -192,5 +192,5 @@ def _other_list(opened: Opened, unfinished: Generation) -> str:
         f"{root} was begun with another list of samples and is not finished: "
         f"generation {unfinished.number} was to hold {begun:,} and has {len(written):,}, "
         f"of which the list has removed {gone:,} and changed {other:,}; it has {len(listed):,} now. "
-        "Finish it with the list that it was begun with, or give --close: what is written stays, and the rest is added"
+        "Give --close: what is written stays, and the rest is added; or finish it with the list that it was begun with"
     )
