@@ -482,7 +482,7 @@ def test_crops_that_are_mostly_padding_are_warned_of(labels_only: RunConfig, cap
 
 def first_image(run: RunConfig) -> str:
     source = open_data(run.data)
-    sample = with_role(source, Role.TRAIN, Role.AUXILIARY)[0]
+    sample = with_role(source, Role.TRAIN)[0]
     height, width = source.size(sample)
     return f"{sample.id} has {height} x {width} pixels"
 
