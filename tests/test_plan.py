@@ -336,3 +336,14 @@ def test_the_bounds_are_a_fine_grid() -> None:
     assert max(ratios) == pytest.approx(min(ratios))
     assert (BOUNDS[0], BOUNDS[-1]) == (pytest.approx(1e-6), pytest.approx(0.1))
     assert math.log10(ratios[0]) == pytest.approx(0.05)
+
+
+def test_of_a_teacher_that_knows_nothing_only_that_is_pointed_out(sized: RunConfig) -> None:
+    knows_nothing = SimpleNamespace(suspect=None, miou=10.0, constant=20.0, samples=4)
+    volume = SimpleNamespace(bytes=1, uncertainty=0.0)
+    loose = replace(sized, cache=replace(sized.cache, max_kl=0.05))
+    warnings = planning._warnings(loose, volume, 10**9, {"flip": 1e-3}, knows_nothing)  # type: ignore[arg-type]
+    assert warnings == [
+        "the teacher has 10.0 mIoU, no more than always answering the most frequent class (20.0); check its weights, "
+        "and whether its classes are those of the labels"
+    ]

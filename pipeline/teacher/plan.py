@@ -238,11 +238,6 @@ def _warnings(
         )
     # A teacher that says the same by construction, but for rounding, tells nothing of its noise.
     least = min((nats for nats in disagreement.values() if nats is not None and nats > ROUNDING), default=math.inf)
-    if run.cache.max_kl > least / 10 and not run.cache.budget:
-        warnings.append(
-            f"max_kl {run.cache.max_kl:.3g} is over a tenth of the teacher's disagreement with itself, {least:.3g}; "
-            f"set cache.max_kl to at most {least / 10:.1g}"
-        )
     if fit is not None and fit.suspect is not None:
         warnings.append(
             f"the teacher has {_figure(fit.suspect.miou, '.1f')} mIoU with {fit.suspect.setting}, and "
@@ -252,6 +247,12 @@ def _warnings(
         warnings.append(
             f"the teacher has {_figure(fit.miou, '.1f')} mIoU, no more than always answering the most frequent class "
             f"({fit.constant:.1f}); check its weights, and whether its classes are those of the labels"
+        )
+    # Of a teacher that is fed wrongly, or knows nothing, it would lead astray.
+    elif run.cache.max_kl > least / 10 and not run.cache.budget:
+        warnings.append(
+            f"max_kl {run.cache.max_kl:.3g} is over a tenth of the teacher's disagreement with itself, {least:.3g}; "
+            f"set cache.max_kl to at most {least / 10:.1g}"
         )
     return warnings
 
