@@ -28,9 +28,9 @@ def report(runs: tuple[str, ...], output: str, overwrite: bool, as_json: bool) -
     found = find_runs(folders)
     groups = groups_of(found)
     text = page(groups, sweep_tables(folders), ", ".join(runs))
-    path = Path(output)
-    write_page(path, text, overwrite=overwrite)
-    result = {"path": output, "bytes": len(text.encode()), "runs": [run.name for run in found]}
+    write_page(Path(output), text, overwrite=overwrite)
+    size = len(text.encode())
+    result = {"path": output, "bytes": size, "runs": [run.name for run in found]}
     together = "" if len(groups) == len(found) else f" of {len(groups):,} kinds"
-    words = f"{output}: {len(found):,} run{'s' if len(found) > 1 else ''}{together}, {len(text.encode()) / 1e6:.2f} MB"
+    words = f"{output}: {len(found):,} run{'s' if len(found) > 1 else ''}{together}, {size / 1e6:.2f} MB"
     show(result, words, as_json=as_json)

@@ -19,7 +19,6 @@ from segkd.pipeline.report import SELECT, Group, Run, differing_settings
 from segkd.storage.errors import OutputExistsError
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-MIOU = f"{SELECT}/miou"
 SCORES = {"miou": "mIoU", "boundary_miou": "boundary mIoU", "macc": "mAcc", "aacc": "aAcc"}
 LOGGED_APART = ("loss", "learning_rate", "images_per_second")
 """What is logged beside the terms of the loss."""
@@ -55,7 +54,7 @@ _DASHES = ("-", "--", ":")
 def charts_of(groups: Sequence[Group]) -> Iterator[Chart]:
     """What there is to draw: validations, the loss and its terms, their gradients, the learning rate."""
     names = dict.fromkeys(name for group in groups for run in group.runs for name in run.curves)
-    yield Chart("mIoU on role select", MIOU)
+    yield Chart("mIoU on role select", f"{SELECT}/miou")
     yield Chart("boundary mIoU on role select", f"{SELECT}/boundary_miou")
     yield Chart("loss, weighted", "loss")
     yield from (Chart(name, name) for name in names if "/" not in name and name not in LOGGED_APART)

@@ -17,8 +17,6 @@ from segkd.pipeline.models.preprocessing import normalise, padded
 from segkd.pipeline.resample import IMPOSSIBLE, pixel_weights, to_pixels
 from segkd.storage.geometry import Axis, Mapping
 
-Returns = Literal["labels", "log-probabilities"]
-
 _HALF = 0.5 + 2**-12
 """Rounds halves up. Half-sized images are full of them, and float32 misses some by a little."""
 
