@@ -68,8 +68,12 @@ def train_student(
     """Stage 2: train the student of the run file from labels and from what the cache keeps of the teacher.
 
     Writes last.safetensors, best.safetensors (by the validation on role select), metrics.jsonl and run.json.
+
+    Several GPUs, or processes, share every batch: torchrun --nproc-per-node 4 -m segkd train-student --config run.toml
     """
+    from segkd.pipeline import processes
     from segkd.pipeline.models.network import TeacherConfig
+    from segkd.pipeline.progress import SILENT
     from segkd.pipeline.student.train import train
 
     if init is not None:
@@ -92,8 +96,13 @@ def train_student(
         run = replace(run, train=replace(run.train, teacher_view=view))
     config = click.get_current_context().params["config"]
     folder = output or str(Path("runs") / Path(config or "student.toml").stem)
-    with resumable(f"Go on with --resume; checkpoints are in {folder}."):
-        summary = train(run, folder, distill=not no_distill, resume=resume, overwrite=overwrite, progress=progress())
+    with resumable(f"Go on with --resume; checkpoints are in {folder}."), processes.joined(run.train.device):
+        if not processes.leads():
+            logger.setLevel(logging.ERROR)
+        told = progress() if processes.leads() else SILENT
+        summary = train(run, folder, distill=not no_distill, resume=resume, overwrite=overwrite, progress=told)
+        if not processes.leads():
+            return
     best = summary["best"]
     text = f"{summary['output']}: {summary['steps']:,} steps"
     if best is not None:

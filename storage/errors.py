@@ -90,6 +90,12 @@ class CheckpointError(SegkdError, ValueError):
     exit_status = 1
 
 
+class ProcessError(SegkdError, ConnectionError):
+    """The processes of one run cannot work together: one of them is gone, or never came."""
+
+    exit_status = 1
+
+
 class RecordError(SegkdError, ValueError):
     """A record of a finished run cannot be read, or is of another run than the one asked for."""
 

@@ -1,6 +1,7 @@
 """The batches of a training run: which samples, cut how, with which of the teacher's cells.
 
-A batch is a pure function of the seed and its step, whatever the number of processes and wherever a run was resumed.
+A batch is a pure function of the seed and its step, whatever the number of processes that prepare or share it and
+wherever a run was resumed.
 
 Shapes: N crops of H,W pixels.
 """
@@ -46,6 +47,10 @@ class StreamConfig:
     """Of the order and the augmentation."""
     on_damage: OnDamage = "fail"
     """What is done about a crop whose part of the cache is damaged: raise, or leave the teacher's knowledge out."""
+    processes: int = 1
+    """How many share a batch, in equal parts of either role."""
+    rank: int = 0
+    """Which of them this one is, from 0."""
 
     def __post_init__(self) -> None:
         for name in ("labelled", "auxiliary", "seed"):
@@ -53,6 +58,12 @@ class StreamConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.labelled + self.auxiliary == 0:
             raise ConfigError("labelled and auxiliary are both 0; a batch needs samples: raise one of them")
+        for name in ("labelled", "auxiliary"):
+            if getattr(self, name) % self.processes:
+                raise ConfigError(
+                    f"{self.processes} processes share a batch, and {name} is {getattr(self, name)}, which they cannot "
+                    "share equally: set it to a multiple, or start as many processes as divide it"
+                )
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ class _Item:
 
 
 class TrainStream(Dataset[Batch]):
-    """Training batches by step: ``stream[step]``, without end.
+    """Training batches by step, or this process's parts of them: ``stream[step]``, without end.
 
     Labelled and auxiliary samples come from two pools, each in a new order every epoch of its own. Samples of role
     select or report are never drawn. ``teacher`` is a cache or, for a teacher that stands beside the student, what it
@@ -130,8 +141,9 @@ class TrainStream(Dataset[Batch]):
         return (*self._labelled.samples, *self._auxiliary.samples)
 
     def draws(self, step: int) -> tuple[Draw, ...]:
-        """The crops of a batch in its order, labelled ones first. A mixed crop has a second sample."""
-        return (*self._labelled.draws(step), *self._auxiliary.draws(step))
+        """The crops of this process's part of a batch, labelled ones first. A mixed crop has a second sample."""
+        mine = slice(self._config.rank, None, self._config.processes)
+        return (*self._labelled.draws(step)[mine], *self._auxiliary.draws(step)[mine])
 
     def __getitem__(self, step: int) -> Batch:
         items = [self._item(draw) for draw in self.draws(step)]

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from segkd.pipeline import processes
 from segkd.pipeline.data.sample import IGNORE, DataSource, Sample
 from segkd.pipeline.evaluation.metrics import BAND_PIXELS, ConfusionMatrix, Measures, as_tensor, boundary_band
 from segkd.pipeline.evaluation.pixels import check_output, label_map
@@ -122,13 +123,16 @@ def score(
     """Score ``predict`` on ``samples``, all of which need labels.
 
     ``on_sample`` is called after each sample with the sample's own confusion matrix: for progress, and for whoever
-    resamples over samples. Raises DataError when there is nothing to score, when a sample has no labels or labels of
-    another size than its image, and NetworkError when an output does not have the data's classes.
+    resamples over samples. Several processes share the samples out and all return the scores of all: a collective
+    call, see :mod:`segkd.pipeline.processes`.
+
+    Raises DataError when there is nothing to score, when a sample has no labels or labels of another size than its
+    image, and NetworkError when an output does not have the data's classes.
     """
     _check_labelled(samples)
     classes = source.classes
     total, boundary = ConfusionMatrix(len(classes)), ConfusionMatrix(len(classes))
-    for sample in samples:
+    for sample in samples[processes.rank() :: processes.count()]:
         image_HW3, labels_HW = source.image(sample), as_tensor(source.labels(sample))
         height, width = image_HW3.shape[:2]
         if labels_HW.shape != (height, width):
@@ -145,6 +149,8 @@ def score(
         total += of_sample
         if on_sample is not None:
             on_sample(sample, of_sample)
+    for matrix in (total, boundary):
+        processes.total(torch.from_numpy(matrix.counts))
     return Scores(classes=classes.names, samples=len(samples), confusion=total, boundary_confusion=boundary)
 
 

@@ -14,6 +14,8 @@ auxiliary crops' loss also moves the labelled ones' statistics. The network keep
 layer's own forward pass is called on each part of the batch, so whatever else it does (an activation, a message) it
 does in every mode. A layer that is in eval mode by itself is left alone.
 
+Where processes share a batch, "all", "the labelled" and "the auxiliary" are those of all processes, on CPUs too.
+
 Shapes: features N,C,... with the labelled crops first.
 """
 
@@ -21,14 +23,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from segkd.pipeline import processes
 from segkd.storage.errors import ConfigError, NetworkError
 
 BatchNormMode = Literal["joint", "labelled", "separate", "frozen"]
@@ -49,6 +54,11 @@ class BatchNorms:
                 f'train.batch_norm is "{mode}", but the student has no batch-norm layer that it could act on (those '
                 'of TorchScript and torch.export are out of reach); set it to "joint"'
             )
+        if processes.count() > 1 and any(isinstance(module, ScriptModule) for module in network.modules()):
+            raise ConfigError(
+                "the student is a TorchScript module, whose layers are out of reach, so that processes could not share "
+                "their batch norm; train it in one process"
+            )
         for name, layer in self._layers.items():
             if mode == "frozen" and layer.running_mean is None:
                 raise ConfigError(
@@ -68,7 +78,7 @@ class BatchNorms:
                     continue
                 if self._mode == "frozen":
                     stack.enter_context(_lent(layer, training=False))
-                elif self._mode != "joint" and labelled < crops:
+                elif processes.count() > 1 or (self._mode != "joint" and labelled < crops):
                     forward = partial(self._in_parts, name, layer, layer.forward, labelled, crops)
                     stack.enter_context(_lent(layer, forward=forward))
             yield
@@ -76,58 +86,110 @@ class BatchNorms:
     def _in_parts(
         self, name: str, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], labelled: int, crops: int, x: Tensor
     ) -> Tensor:
+        if self._mode == "joint":
+            return _by_everyones(layer, forward, x)
         if len(x) != crops:
             raise NetworkError(
                 f"the student's batch-norm layer {name} got {len(x)} rows for {crops} crops, so which of them are "
                 f'labelled is unknown; set train.batch_norm, now "{self._mode}", to "joint" or "frozen"'
             )
         known, others = x[:labelled], x[labelled:]
-        normalised = forward(known)
+        normalise = forward if processes.count() == 1 else partial(_by_everyones, layer, forward)
+        normalised = normalise(known)
+        if not len(others):
+            return normalised
         if self._mode == "separate":
             # Without a track of them a layer takes the batch's statistics and leaves its running ones alone.
             with _lent(layer, track_running_stats=False):
-                return torch.cat([normalised, forward(others)])
-        # What a layer in eval mode takes for its running statistics are those of the labelled crops.
-        mean, variance = _moments(known.detach())
-        exact = mean.dtype if layer.running_mean is None else layer.running_mean.dtype
-        others = _Follow.apply(others, known, mean, variance + layer.eps)  # type: ignore[no-untyped-call]  # by torch
-        with _lent(layer, training=False, running_mean=mean.to(exact), running_var=variance.to(exact)):
-            return torch.cat([normalised, forward(others)])
+                return torch.cat([normalised, normalise(others)])
+        return torch.cat([normalised, _by(Moments.of(known.detach()), layer, forward, others, known)])
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, C; in float32 at least."""
-    dimensions = [0, *range(2, x.ndim)]
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = x.mean(dimensions, keepdim=True)
-    # torch.var takes four times as long in the layout of convolutions on CPUs.
-    return mean.flatten(), (x - mean).square().mean(dimensions)
+@dataclass(frozen=True)
+class Moments:
+    """Of each channel of a batch N,C,...; in float32 at least."""
+
+    mean: Tensor
+    """C."""
+    variance: Tensor
+    """C; biased: the mean square of what lies off the mean."""
+    count: int
+    """Values a channel."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> Moments:
+        """Of a batch of which each process has an equal share. A collective call where there are several."""
+        dimensions, count, among = [0, *range(2, x.ndim)], x.numel() // x.shape[1], processes.count()
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = x.mean(dimensions, keepdim=True)
+        # torch.var takes four times as long in the layout of convolutions on CPUs.
+        variance, mean = (x - mean).square().mean(dimensions), mean.flatten()
+        if among > 1:
+            # As Chan, Golub and LeVeque (1979) do it, who subtract no large numbers from each other.
+            told_P2C = mean.new_zeros(among, 2, len(mean))
+            told_P2C[processes.rank()] = torch.stack([mean, variance])
+            means_PC, variances_PC = processes.total(told_P2C).unbind(1)
+            mean = means_PC.mean(0)
+            variance = (variances_PC + (means_PC - mean).square()).mean(0)
+        return cls(mean, variance, count * among)
+
+
+def _by(moments: Moments, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], x: Tensor, known: Tensor) -> Tensor:
+    """``x`` normalised by the moments of ``known``: what a layer in eval mode takes for its running statistics."""
+    exact = moments.mean.dtype if layer.running_mean is None else layer.running_mean.dtype
+    given = x, known, moments.mean, moments.variance + layer.eps, moments.count
+    followed = _Follow.apply(*given)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    with _lent(layer, training=False, running_mean=moments.mean.to(exact), running_var=moments.variance.to(exact)):
+        return forward(followed)
+
+
+def _by_everyones(layer: _BatchNorm, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A layer in training mode, of a batch that several processes share."""
+    moments = Moments.of(x.detach())
+    _keep_running(layer, moments)
+    return _by(moments, layer, forward, x, x)
+
+
+@torch.no_grad()
+def _keep_running(layer: _BatchNorm, moments: Moments) -> None:
+    """As torch does: the unbiased variance, and without momentum the mean of all batches so far."""
+    if not layer.track_running_stats or layer.running_mean is None:
+        return
+    assert layer.running_var is not None
+    assert layer.num_batches_tracked is not None
+    layer.num_batches_tracked.add_(1)
+    rate = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
+    unbiased = moments.variance * (moments.count / (moments.count - 1))
+    layer.running_mean.lerp_(moments.mean.to(layer.running_mean.dtype), rate)
+    layer.running_var.lerp_(unbiased.to(layer.running_var.dtype), rate)
 
 
 class _Follow(torch.autograd.Function):
-    """``others`` as they are, for a layer that normalises them by the statistics of ``known``, constants to it.
+    """``x`` as it is, for a layer that normalises it by the statistics of ``known``, constants to it.
 
-    The gradient is that of ``mean + (others - m(known)) * sqrt(squared / (v(known) + eps))``: as if the layer had
-    computed mean m and variance v itself. ``mean`` and ``squared`` (C) are their values, with eps.
+    The gradient is that of ``mean + (x - m(known)) * sqrt(squared / (v(known) + eps))``: as if the layer had computed
+    mean m and variance v itself. ``mean`` and ``squared`` (C) are their values, with eps; ``count`` is how many values
+    a channel they are of, in all processes, whose losses all move them.
     """
 
     @staticmethod
-    def forward(ctx: Any, others: Tensor, known: Tensor, mean: Tensor, squared: Tensor) -> Tensor:
-        ctx.save_for_backward(others, known, mean, squared)
-        return others.view_as(others)
+    def forward(ctx: Any, x: Tensor, known: Tensor, mean: Tensor, squared: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(x, known, mean, squared)
+        ctx.count = count
+        return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        others, known, mean, squared = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, known, mean, squared = ctx.saved_tensors
         dimensions = [0, *range(2, known.ndim)]
-        count = known.numel() // known.shape[1]
         mean, squared = (value.view(-1, *[1] * (known.ndim - 2)) for value in (mean, squared))
         of_mean = -gradient.to(mean.dtype).sum(dimensions, keepdim=True)
-        of_scale = (gradient * (others - mean)).sum(dimensions, keepdim=True)
+        of_scale = (gradient * (x - mean)).sum(dimensions, keepdim=True)
+        of_mean, of_scale = processes.total(torch.stack([of_mean, of_scale])).unbind()
         # d mean / d known = 1 / count; d (squared ** -1/2) / d known = -(known - mean) / count * squared ** -3/2.
-        of_known = (of_mean - (known - mean) * (of_scale / squared)) / count
-        return gradient, of_known.to(known.dtype), None, None
+        of_known = (of_mean - (known - mean) * (of_scale / squared)) / ctx.count
+        return gradient, of_known.to(known.dtype), None, None, None
 
 
 @contextmanager

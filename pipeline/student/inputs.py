@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segkd.pipeline import processes
 from segkd.pipeline.config import RunConfig
 from segkd.pipeline.data.batch import Sources
 from segkd.pipeline.data.contamination import find_twins, require_apart
@@ -92,6 +93,8 @@ def open_inputs(run: RunConfig, student: NetworkConfig, *, distill: bool, progre
         most_entropy=train.most_entropy,
         seed=train.seed,
         on_damage=train.on_damage,
+        processes=processes.count(),
+        rank=processes.rank(),
     )
     _warn_of_padding(run, source)
     kept = KeptSource(source, train.kept_bytes)
@@ -172,7 +175,8 @@ def _compare(
     before = [*beginnings(student), *beginnings(run.teacher if distill else None)]
     if policy != "off":
         samples = (*learned, *with_role(source, *SCORED))
-        contents = read_contents(source, samples, progress=progress)
+        with processes.one_a_machine_first():
+            contents = read_contents(source, samples, progress=progress)
         twins = find_twins(samples, contents)
         require_apart(twins, source, policy)
         contaminated = len(twins.contaminated)
@@ -260,7 +264,8 @@ def class_weights(source: DataSource, config: TrainConfig, knowledge: Sequence[K
     shared = any(map(_is_class_weighted, knowledge))
     if config.class_weights != "log_frequency" and not shared:
         return torch.tensor(config.class_weights)  # no label map need be read
-    pixels = _class_pixels(source, with_role(source, Role.TRAIN))
+    mine = with_role(source, Role.TRAIN)[processes.rank() :: processes.count()]
+    pixels = processes.total(torch.from_numpy(_class_pixels(source, mine))).numpy()
     shares = pixels / max(pixels.sum(), 1)
     given = 1 / np.log(1.02 + shares) if config.class_weights == "log_frequency" else np.asarray(config.class_weights)
     # Where no pixel has a class that weighs anything, nothing is learned from labels, whatever the scale.

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-import torch.distributed
 from torch import Tensor
 
+from segkd.pipeline import processes
 from segkd.pipeline.data.batch import Batch
 from segkd.pipeline.data.sample import IGNORE
 from segkd.pipeline.evidence import Evidence, Row
@@ -103,8 +103,8 @@ class Objective:
 class Denominators:
     """What the terms' sums are divided by: counts of the global batch over the number of processes.
 
-    The division by the number of processes cancels DistributedDataParallel's averaging of gradients. Where a count is
-    0, the sum is 0 too and 1 stands here.
+    The division by the number of processes cancels that gradients are averaged over them. Where a count is 0, the sum
+    is 0 too and 1 stands here.
     """
 
     pixels: Tensor
@@ -116,11 +116,8 @@ class Denominators:
     def of(cls, *parts: Batch, objective: Objective, class_weights: Tensor | None = None) -> Denominators:
         """Counts of a step's batch, all its parts together. A collective call where torch.distributed is running."""
         counts = torch.stack([_counts(part, objective, class_weights) for part in parts]).sum(0)
-        processes = 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            processes = torch.distributed.get_world_size()
-            torch.distributed.all_reduce(counts)
-        pixels, *crops = (counts.masked_fill(counts == 0, 1.0) / processes).unbind()
+        counts = processes.total(counts)
+        pixels, *crops = (counts.masked_fill(counts == 0, 1.0) / processes.count()).unbind()
         names = [kind.name for kind in objective.knowledge]
         return cls(pixels=pixels, crops=dict(zip(names, crops, strict=True)))
 

@@ -22,8 +22,8 @@ def mine_hard_pixels(
     threshold: float,
     min_kept: float,
     class_weights_C: Tensor | None = None,
-) -> tuple[Tensor, float]:
-    """``labels_NHW`` with :data:`IGNORE` where the label is known already; and the share of labelled pixels that stay.
+) -> tuple[Tensor, int, int]:
+    """``labels_NHW`` with :data:`IGNORE` where the label is known already; how many pixels stay, of how many.
 
     ``mapping`` places the logits' grid in the pixels. A pixel is hard, and keeps its label, if its class has a
     probability below ``threshold``. A crop of which less than the share ``min_kept`` of the labelled pixels (rounded
@@ -50,5 +50,4 @@ def mine_hard_pixels(
             places = labelled_NHW[crop].nonzero()
             order = log_probs_NHW[crop][labelled_NHW[crop]].sort(stable=True).indices
             kept_NHW[crop][tuple(places[order[:wanted]].T)] = True
-    share = kept_pixels / max(sum(labelled for labelled, _ in counts_N2), 1)
-    return labels_NHW.masked_fill(~kept_NHW, IGNORE), share
+    return labels_NHW.masked_fill(~kept_NHW, IGNORE), kept_pixels, sum(labelled for labelled, _ in counts_N2)

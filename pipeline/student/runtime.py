@@ -11,6 +11,7 @@ from types import FrameType
 
 import torch
 
+from segkd.pipeline import processes
 from segkd.pipeline.student.config import TrainConfig
 
 
@@ -43,11 +44,13 @@ def leave_signals_to_parent(_worker: int) -> None:
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a request that is looked at between steps; a second one acts as usual.
 
-    Signals are caught inside ``with`` only, and only in the main thread, as Python demands.
+    One of several processes leaves all that follow aside, too: torchrun sends one as well as the terminal, waits, and
+    kills those that stay. Signals are caught inside ``with`` only, and only in the main thread, as Python demands.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._patient = processes.count() > 1
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -61,7 +64,8 @@ class StopRequest:
 
     def _catch(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - what Python calls handlers with
         self.signal = signal.Signals(number)
-        self._restore()
+        if not self._patient:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

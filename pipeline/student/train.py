@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from segkd.pipeline import processes
 from segkd.pipeline.config import RunConfig
 from segkd.pipeline.data.batch import Batch
 from segkd.pipeline.data.stream import TrainStream, loader
@@ -56,8 +57,12 @@ def train(
     no interruption, or begins where there is none; ``overwrite`` replaces an earlier run. The random state of torch is
     set to the run's.
 
+    Processes that share torch.distributed's default group train one network together, each on its part of every batch;
+    all of them call this alike, and the first one writes. See :mod:`segkd.pipeline.processes`.
+
     Raises OutputExistsError, CheckpointError (also for a disk that is full or cannot be written to), what
-    :func:`segkd.pipeline.student.inputs.open_inputs` and :meth:`Trainer.step` raise, and TrainingStopped.
+    :func:`segkd.pipeline.student.inputs.open_inputs` and :meth:`Trainer.step` raise, ProcessError where one of several
+    processes is gone, and TrainingStopped.
     """
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; give the one that is meant")
@@ -146,8 +151,10 @@ class _Training:
         config, first = self._config, self._state.step
         for line in self._folder.records() if first else ():
             self._damaged |= line.get("damaged", {}) if line["step"] <= first else {}
+        processes.wait()  # Until all have read what stands in the folder.
         if first < config.steps or self._validation_is_due():
-            self._folder.open(_run_document(self._state, self._inputs, self._trainer, self._versions(first)), first)
+            if processes.leads():
+                self._folder.open(_run_document(self._state, self._inputs, self._trainer, self._versions(first)), first)
             self._save()  # Before anything is computed: a disk that cannot be written to shows now.
             self._validate_if_due()
             with self._progress.task("train", config.steps, unit="step", done=first) as task:
@@ -179,7 +186,7 @@ class _Training:
                 self._note_damage(batch)
                 if logs:
                     damaged = {"damaged_samples": len(self._damaged)} if config.on_damage == "skip" else {}
-                    self._folder.log({"step": done, **record, **damaged, "images_per_second": clock.rate()})
+                    self._log({"step": done, **record, **damaged, "images_per_second": clock.rate()})
                 task.advance(1, loss=f"{record['loss']:.3f}", **self._best_note())
                 self._stop_if_asked()
                 self._validate_if_due()
@@ -201,18 +208,22 @@ class _Training:
 
     def _note_damage(self, batch: Batch) -> None:
         """Tells once of each sample that the cache has lost, in the run's folder too, where a resumed run finds it."""
+        if self._config.on_damage == "fail":
+            return
         new = {sample: why for sample, why in batch.damaged.items() if sample not in self._damaged}
-        for sample, why in new.items():
-            logger.warning("%s: the teacher's knowledge of it is left out: %s", sample, why)
-        if new:
-            self._folder.log({"step": self._state.step, "damaged": new})
+        if processes.any_of_them(bool(new)):
+            new = {sample: why for part in processes.everyones(new) for sample, why in part.items()}
+            for sample, why in new.items():
+                logger.warning("%s: the teacher's knowledge of it is left out: %s", sample, why)
+            self._log({"step": self._state.step, "damaged": new})
             self._damaged |= new
 
     def _stop_if_asked(self) -> None:
-        if self._stop.signal is not None:
+        if processes.any_of_them(self._stop.signal is not None):
             self._save()
             raise TrainingStopped(
-                f"{self._stop.signal.name} stopped the run after step {self._state.step} of {self._config.steps}; "
+                f"{'a signal' if self._stop.signal is None else self._stop.signal.name} stopped the run after step "
+                f"{self._state.step} of {self._config.steps}; "
                 f"it is saved in {self._folder.last}: go on with the same command and --resume"
             )
 
@@ -230,11 +241,13 @@ class _Training:
         predictor = Predictor(
             self._trainer.product, state.network, names, device=self._trainer.device, precision=self._config.amp
         )
-        with self._progress.task("validate", len(inputs.select)) as task:
+        processes.take_over(self._trainer.product.buffers())
+        with self._progress.task("validate", -(-len(inputs.select) // processes.count())) as task:
 
             def on_sample(*_: object) -> None:
                 task.advance()
-                self._stop_if_asked()
+                if processes.count() == 1:  # Several have samples of their own, and could not agree at each.
+                    self._stop_if_asked()
 
             try:
                 scores = score(
@@ -249,20 +262,27 @@ class _Training:
                 ) from error
         self._trainer.network.train()
         found = Best(step=state.step, scores=scores.to_dict())
-        self._folder.log({"step": state.step, "select": found.scores})
+        self._log({"step": state.step, "select": found.scores})
         improved = state.best is None or _miou(found) > _miou(state.best)
         self._state = replace(state, validated=state.step, best=found if improved else state.best)
-        if improved:
+        if improved and processes.leads():
             weights = {MODEL + name: value for name, value in self._trainer.product.state_dict().items()}
             checkpoint.save(self._folder.best, self._state, weights)
+
+    def _log(self, record: Mapping[str, Any]) -> None:
+        if processes.leads():
+            self._folder.log(record)
 
     def _best_note(self) -> dict[str, str]:
         best = self._state.best
         return {} if best is None else {"best_miou": f"{_miou(best):.2f}"}
 
     def _save(self) -> None:
-        state = replace(self._state, scaler=self._trainer.scaler_state())
-        checkpoint.save(self._folder.last, state, self._trainer.tensors())
+        """Returns once it is saved, in every process: one that ended before would take the others with it."""
+        if processes.leads():
+            state = replace(self._state, scaler=self._trainer.scaler_state())
+            checkpoint.save(self._folder.last, state, self._trainer.tensors())
+        processes.wait()
 
 
 def _batches(stream: TrainStream, start: int, stop: int, workers: int) -> Generator[Batch]:
@@ -291,6 +311,7 @@ def _run_document(state: Description, inputs: Inputs, trainer: Trainer, versions
         "versions": dict(versions),
         "device": str(trainer.device),
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
     }
 
 

@@ -1,17 +1,22 @@
 """One optimiser step, and the state that steps leave behind.
 
+Where several processes train a network, each has its own copy and a share of every batch. Gradients are averaged over
+them before they are used, so that the copies stay alike, and what is measured is of the whole batch.
+
 Shapes: N crops of H,W pixels; logits N,C,h,w on the student's grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from segkd.pipeline import processes
 from segkd.pipeline.data.batch import Batch, Sources
 from segkd.pipeline.models.layers import Network
 from segkd.pipeline.models.predictor import AUTOCAST_DTYPES
@@ -48,6 +53,8 @@ class Trainer:
         class_weights: Tensor | None = None,
     ) -> None:
         self.network = network.to(device).train()
+        # Whatever a network draws its weights by.
+        processes.take_over([*network.parameters(), *network.buffers()])
         self.config, self.objective, self.device = config, objective, device
         self._batch_norms = BatchNorms(network, config.batch_norm)
         self._targets = targets
@@ -71,6 +78,7 @@ class Trainer:
         Raises NonFiniteError, before anything is changed but batch norm's statistics, for a loss or a gradient that is
         NaN or infinite; what the network raises, such as NetworkError for a batch too small for its batch norm.
         """
+        self._seed_dropout(step)
         rate = set_learning_rate(self._optimiser, step, self.config)
         labelled = int(batch.labelled_N.sum())
         batch = batch.to(self.device)
@@ -82,6 +90,7 @@ class Trainer:
         batch, mined = self._mined(batch, logits_NChw, student)
         loss, terms = total_loss(logits_NChw, student, batch, decoded, objective, self._class_weights)
         norm = self._backward(loss)
+        loss, terms = _averages(loss.detach(), terms)
         self._require_finite(step, loss, norm, terms)
         # An fp16 step that overflowed is skipped, and has no norm that JSON could hold.
         gradient = {"total": norm.item() if norm.isfinite() else None}
@@ -93,6 +102,12 @@ class Trainer:
             self._ema.update(step)
         measured = {name: term.item() for name, term in terms.items()}
         return {"loss": loss.item(), **measured, **mined, "learning_rate": rate, "gradient": gradient}
+
+    def _seed_dropout(self, step: int) -> None:
+        """Of several processes each drops something else, whichever checkpoint it goes on from."""
+        if processes.count() > 1:
+            entropy = np.random.SeedSequence([self.config.seed, step, processes.rank()])
+            torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
     def _forward(self, images_N3HW: Tensor, labelled: int) -> Tensor:
         """Logits of a batch whose first ``labelled`` crops are labelled."""
@@ -115,7 +130,7 @@ class Trainer:
         if not (loss.cross_entropy and loss.ohem_threshold):
             return batch, {}
         labels_NHW = batch.labels_NHW.clone()
-        labels_NHW[labelled], share = mine_hard_pixels(
+        labels_NHW[labelled], *pixels = mine_hard_pixels(
             logits_NChw[labelled],
             student,
             labels_NHW[labelled],
@@ -123,7 +138,8 @@ class Trainer:
             loss.ohem_min_kept,
             self._class_weights,
         )
-        return replace(batch, labels_NHW=labels_NHW), {"hard_pixels": share}
+        kept, all_of_them = processes.total(torch.tensor(pixels)).tolist()
+        return replace(batch, labels_NHW=labels_NHW), {"hard_pixels": kept / max(all_of_them, 1)}
 
     def _decoded(self, batch: Batch) -> Mapping[str, Tensor]:
         """The teacher's targets, where anything is learned of them."""
@@ -135,8 +151,9 @@ class Trainer:
         """Gradients, clipped; returns their norm before clipping."""
         self._optimiser.zero_grad()
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self._scaler.unscale_(self._optimiser)
         parameters = self._parameters.values()
+        _average_gradients(parameters)
+        self._scaler.unscale_(self._optimiser)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.config.clip:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
@@ -163,11 +180,13 @@ class Trainer:
         """At the logits, because a backward pass through the network for each term would cost as much as the step."""
         leaf_NChw = logits_NChw.detach().float().requires_grad_()
         terms = loss_terms(leaf_NChw, student, batch, decoded, objective, self._class_weights)
-        norms = {}
+        squares = {}
         for name, weight in objective.weights.items():
             (gradient_NChw,) = torch.autograd.grad(weight * terms[name], leaf_NChw, retain_graph=True)
-            norms[name] = gradient_NChw.norm().item()
-        return norms
+            # The loss is the mean over the processes, and each has its part of the logits.
+            squares[name] = (gradient_NChw.norm() / processes.count()).square()
+        norms = processes.total(torch.stack(list(squares.values()))).sqrt()
+        return dict(zip(squares, norms.tolist(), strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that later steps depend on, except :meth:`scaler_state`."""
@@ -206,3 +225,20 @@ class Trainer:
         torch.set_rng_state(tensors[f"{RNG}cpu"])
         if self.device.type == "cuda" and f"{RNG}cuda" in tensors:
             torch.cuda.set_rng_state(tensors[f"{RNG}cuda"], self.device)
+
+
+def _average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Over the processes, in one message: students are small."""
+    if processes.count() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = processes.total(torch.cat([gradient.flatten() for gradient in gradients])) / processes.count()
+    averages = torch.split(flat, [gradient.numel() for gradient in gradients])
+    for gradient, average in zip(gradients, averages, strict=True):
+        gradient.copy_(average.view_as(gradient))
+
+
+def _averages(loss: Tensor, terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its terms, averaged over the processes."""
+    loss, *values = (processes.total(torch.stack([loss, *terms.values()])) / processes.count()).unbind()
+    return loss, dict(zip(terms, values, strict=True))
