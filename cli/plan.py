@@ -25,7 +25,7 @@ def plan(run: RunConfig, samples: int | None, as_json: bool) -> None:
     Bytes, coding error, time, what an interruption costs, free space, and after how many training steps the cache has
     paid for itself. The teacher is checked too: how far it disagrees with itself (to set max_kl by), and, where there
     are labels of role select or train, whether another description of it (order of channels, range of values, offset
-    of classes) labels clearly better: then the command ends with status 1.
+    or order of classes) labels clearly better: then the command ends with status 1.
     """
     from segkd.pipeline.teacher.plan import plan as foretell
     from segkd.pipeline.teacher.trial import TRIED

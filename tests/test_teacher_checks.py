@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from segkd.pipeline.config import load
 from segkd.pipeline.data.readers import open_data
 from segkd.pipeline.data.sample import DataSource, Role
+from segkd.pipeline.evaluation.metrics import ConfusionMatrix
 from segkd.pipeline.models.network import Grid, NetworkConfig, Preprocessing, TeacherConfig, Views
 from segkd.pipeline.models.predictor import Predictor
 from segkd.pipeline.teacher import checks
@@ -27,13 +29,13 @@ NAMES = ("red", "green", "blue")
 class Brightest(nn.Module):
     """Logits are the channels of what it is fed, averaged over cells of four pixels; too bright an input blinds it."""
 
-    def __init__(self, roll: int = 0) -> None:
+    def __init__(self, roll: int = 0, order: tuple[int, ...] = (0, 1, 2)) -> None:
         super().__init__()
-        self.grid, self.num_classes, self.roll = Grid(stride=4), 3, roll
+        self.grid, self.num_classes, self.roll, self.order = Grid(stride=4), 3, roll, list(order)
 
     def forward(self, images: Tensor) -> Tensor:
         means = nn.functional.avg_pool2d(images, 4, ceil_mode=True, count_include_pad=False)
-        return 5.0 * means.clamp(max=1.0).roll(self.roll, 1)
+        return 5.0 * means.clamp(max=1.0).roll(self.roll, 1)[:, self.order]
 
 
 class Leftmost(Brightest):
@@ -141,6 +143,7 @@ def test_a_right_description_stands(source: DataSource) -> None:
         ),
         (Brightest(roll=-1), PLAIN, "classes: each of the teacher's channels is class +1 of its list"),
         (Brightest(roll=1), PLAIN, "classes: each of the teacher's channels is class -1 of its list"),
+        (Brightest(order=(0, 2, 1)), PLAIN, "classes in another order: its blue is green, its green is blue"),
     ],
 )
 def test_a_silent_mistake_is_found(
@@ -168,6 +171,44 @@ def test_a_teacher_that_knows_nothing_of_the_labels_is_not_called_wrongly_descri
     found = checks.fit(asked(Stubborn()), source, checks.labelled_samples(source))
     assert found.suspect is None
     assert (found.miou or 0) <= found.constant + 1e-9
+
+
+def test_the_best_order_of_classes_against_all_orders() -> None:
+    """By mIoU, of confusions that have no reason to be in any order."""
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        counts = generator.integers(0, 30, (4, 4)) * generator.integers(0, 2, (4, 4))
+        mious = {}
+        for order in itertools.permutations(range(4)):
+            matrix = ConfusionMatrix(4)
+            matrix.counts = counts[:, order]
+            # As the assignment does: a class that is nowhere adds nothing.
+            mious[order] = sum(iou or 0.0 for iou in matrix.compute().iou)
+        found = checks._best_order(counts)
+        assert mious[tuple(found)] == pytest.approx(max(mious.values()))
+
+
+def test_an_order_is_scored_on_images_that_it_was_not_chosen_by() -> None:
+    """A class that one image alone shows gives no order that the others would know of."""
+    usual = np.array([[90, 5, 0], [5, 20, 0], [0, 0, 0]])
+    odd = np.array([[80, 0, 5], [0, 70, 0], [0, 20, 5]])
+    swapped = np.array([[50, 0, 0], [0, 0, 60], [0, 60, 0]])
+    names = ("road", "pole", "sign")
+    (found,) = checks.reordered([usual, usual, swapped], names)
+    assert (found.better, found.worse) == (0, 2)
+    (found,) = checks.reordered([usual, swapped, swapped], names)
+    assert found.setting == "classes in another order: its sign is pole, its pole is sign"
+    assert (found.better, found.worse) == (2, 1)
+    assert checks.reordered([usual, usual, odd], names) == []
+
+
+def test_classes_that_few_images_show_are_found_to_be_swapped() -> None:
+    """On the images where it makes no difference it counts for nothing."""
+    usual = np.array([[90, 0, 0], [0, 0, 0], [0, 0, 0]])
+    swapped = np.array([[50, 0, 0], [0, 2, 40], [0, 40, 1]])
+    (found,) = checks.reordered([usual, usual, usual, usual, swapped, swapped], ("road", "pole", "sign"))
+    fit = checks.Fit(samples=6, miou=35.0, constant=30.0, variants=(found,))
+    assert fit.suspect is found
 
 
 def test_every_other_preprocessing_differs_and_leads_back() -> None:
