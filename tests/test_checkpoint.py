@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import runpy
 from collections.abc import Callable
 from dataclasses import replace
@@ -129,7 +130,11 @@ def test_a_cut_off_file(tmp_path: Path, length: int) -> None:
 def test_no_file_and_a_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no such file; name a checkpoint that train-student wrote"):
         load(tmp_path / "none.safetensors")
-    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(tmp_path))}: a folder; name a checkpoint file in it$"):
+        load(tmp_path)
+    for name in ("last", "best"):
+        (tmp_path / f"{name}.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"a folder; name best\.safetensors or last\.safetensors in it$"):
         load(tmp_path)
 
 

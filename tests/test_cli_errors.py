@@ -256,7 +256,7 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], int, str]] = {
         lambda root: spoil(root / "labels/a/0.png", labels_with(9)),
         1,
         "ROOT/labels/a/0.png: row 3, column 7: value 9 is no class, expected 0-2, 255; "
-        "map all values of these files in [data.label_values]",
+        "name all classes in data.classes, or map all values of these files in [data.label_values]",
     ),
     "training on report samples": (
         give_a_folder_two_roles,

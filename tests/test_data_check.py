@@ -99,7 +99,8 @@ def test_every_bad_file_is_named(tmp_path: Path) -> None:
     assert of_files[1:] == [
         f"{size}: 3 x 4 pixels, but its image size.png has 24 x 24 (height x width); make them of one size",
         f"{value}: row 5, column 7: value 9 is no class, expected 0-1, 255; "
-        "map all values of these files in [data.label_values]; such values in 1 label map: 9; "
+        "name all classes in data.classes, or map all values of these files in [data.label_values]; "
+        "such values in 1 label map: 9; "
         'to paste below [data] and correct: label_values = { 0 = "road", 1 = "sky", 9 = "ignore", 255 = "ignore" }',
     ]
     assert report.sizes == {(24, 24): 4}

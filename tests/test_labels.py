@@ -70,7 +70,7 @@ def test_without_a_map_a_value_is_its_class() -> None:
         label_map,
         np.array([[0, 1], [2, 3]], np.uint8),
         "labels/a.png: row 1, column 0: value 2 is no class, expected 0-1, 255; "
-        "map all values of these files in [data.label_values]",
+        "name all classes in data.classes, or map all values of these files in [data.label_values]",
     )
 
 

@@ -120,7 +120,10 @@ class LabelMap:
             )
         if self.given:
             return f"{place}: {what} {code} is mapped to no class; {add}"
-        return f"{place}: {what} {code} is no class{expected}; map all values of these files in {table}"
+        return (
+            f"{place}: {what} {code} is no class{expected}; name all classes in data.classes, or map all values of "
+            f"these files in {table}"
+        )
 
 
 def describe(config: DataConfig, layout: Layout | None = None) -> tuple[Classes, LabelMap]:

@@ -85,6 +85,9 @@ def load(path: str | Path) -> tuple[Description, dict[str, Tensor]]:
         data = Path(path).read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file; name a checkpoint that train-student wrote") from None
+    except IsADirectoryError:
+        held = sorted(file.name for file in Path(path).glob(f"*{SUFFIX}")) or ["a checkpoint file"]
+        raise CheckpointError(f"{path}: a folder; name {' or '.join(held)} in it") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; name a checkpoint file") from None
     try:
