@@ -48,7 +48,7 @@ def data_check(
     if list_broken is not None and not joins:
         _require_free(list_broken, overwrite=overwrite)
     report = check(run.data, progress=progress())
-    complaints = [f"{complaint.severity}: {complaint}" for complaint in report.complaints]
+    complaints = [f"{complaint.severity.capitalize()}: {complaint}" for complaint in report.complaints]
     if report.broken or list_broken is not None:
         complaints.append(_left_out(report, list_broken, joins=joins))
     show(report.to_dict(), "\n".join(filter(None, [report.table(), *complaints])), as_json=as_json)

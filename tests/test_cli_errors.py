@@ -273,7 +273,7 @@ def test_bad_data(run: Path, case: str) -> None:
     message = message.replace("ROOT", str(run.parent))
     checked = segkd("data", "check", "-c", run, "-q")
     assert checked.exit_code == 1
-    assert re.search(f"error: {re.escape(message)}(; such values in .*)?\n", checked.stdout)
+    assert re.search(f"Error: {re.escape(message)}(; such values in .*)?\n", checked.stdout)
     output = run.parent / "out"
     fails(
         status,

@@ -201,7 +201,7 @@ def test_the_command_in_words_and_as_json(run: Path) -> None:
 def test_a_wrong_description_ends_with_status_1_and_says_what_does_better(run: Path) -> None:
     status, text, _ = segkd(run, "--set", "teacher.preprocessing.channels=BGR")
     assert status == 1
-    assert re.search(r'WARNING: the teacher has 9\d\.\d mIoU with preprocessing: channels = "RGB", and ', text)
+    assert re.search(r'Warning: the teacher has 9\d\.\d mIoU with preprocessing: channels = "RGB", and ', text)
     assert "as described, on 4 images; correct [teacher] before caching it" in text
 
 

@@ -118,7 +118,7 @@ class Foretold:
         lines.append(f"  teacher   disagrees with itself by (nats) {told}")
         if self.fit is not None:
             lines += _fit_lines(self.fit)
-        return [*lines, *(f"WARNING: {warning}" for warning in self.warnings)]
+        return [*lines, *(f"Warning: {warning}" for warning in self.warnings)]
 
 
 def plan(run: RunConfig, *, samples: int = TRIED) -> Foretold:
