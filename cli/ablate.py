@@ -46,6 +46,7 @@ def ablate(
     recorded in the ledger are not done again, interrupted ones go on. The table is of all that is done. Exit status 1
     if a run has failed.
     """
+    from segkd.pipeline import processes
     from segkd.pipeline.ablation.ledger import Ledger
     from segkd.pipeline.ablation.recorded import recorded
     from segkd.pipeline.ablation.sweep import ablate as compare
@@ -61,6 +62,8 @@ def ablate(
         found = recorded(run, Ledger(run.ablate.ledger or Path(folder) / "ledger"))
         show(found.to_dict(), found.markdown(), as_json=as_json)
         return
+    if processes.started() > 1:
+        raise click.UsageError("segkd ablate puts runs side by side itself (--jobs); start it without torchrun")
     share = find_share(task, os.environ)
     with resumable("What is done is kept; the same command goes on."):
         sweep = plan_sweep(run, folder, measure=not print_plan, progress=progress())

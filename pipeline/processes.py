@@ -7,7 +7,7 @@ what it is for one.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -15,10 +15,13 @@ from typing import TypeVar
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from segkd.pipeline.device import find_device
 from segkd.storage.errors import ConfigError, ProcessError
 
+ARRIVAL = timedelta(minutes=10)
+"""In which all of them must have started."""
 PATIENCE = timedelta(hours=12)
 """For the slowest of them, which may read a data set for the first time; a process that dies is noticed at once."""
 
@@ -44,19 +47,38 @@ def leads() -> bool:
     return rank() == 0
 
 
+def started() -> int:
+    """How many processes torchrun has started beside each other, by the environment: 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or "1") if os.environ.get("RANK") else 1
+
+
 @contextmanager
 def joined(device: str) -> Iterator[None]:
     """Inside, this process is one of those that torchrun has started; where it has started one or none, it is alone.
 
     On ``device`` "auto" or "cuda" each takes the GPU of its number on its machine. Raises ConfigError for more
-    processes than GPUs, and for a device that only one could have; ProcessError where they do not find each other.
+    processes than GPUs, for a device that only one could have, and where nothing says how processes find each other;
+    ProcessError where they do not.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if started() == 1:
         yield
         return
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if absent:
+        raise ConfigError(
+            f"RANK and WORLD_SIZE are set, as torchrun sets them, but not {' and '.join(absent)}; start with torchrun, "
+            "or unset them all to train in one process"
+        )
     _take_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    # Torch imports it at the first step otherwise, and then holds the group in the defaults of its functions: threads
+    # of it outlive the group, and now and then abort the process at its end.
+    import torch.distributed.nn.functional
+
     with _telling():
-        torch.distributed.init_process_group(timeout=PATIENCE)
+        store, rank, among = next(rendezvous("env://", timeout=ARRIVAL))
+        store.set(f"segkd/{rank}", "here")
+        store.wait([f"segkd/{other}" for other in range(among)], ARRIVAL)
+        torch.distributed.init_process_group(store=store, rank=rank, world_size=among, timeout=PATIENCE)
     try:
         yield
     finally:
@@ -91,10 +113,17 @@ def total(values: Tensor) -> Tensor:
 
 def take_over(tensors: Iterable[Tensor]) -> None:
     """Gives each tensor the values that it has in the process that leads."""
-    if _together():
-        with _telling():
-            for tensor in tensors:
-                torch.distributed.broadcast(tensor.detach(), 0)
+    given = [tensor.detach() for tensor in tensors]
+    if not _together() or not given:
+        return
+    # As bytes: of any type, and in one message.
+    parts = [tensor.contiguous().flatten().view(torch.uint8) for tensor in given]
+    told = torch.cat(parts)
+    with _telling():
+        torch.distributed.broadcast(told, 0)
+    if not leads():
+        for tensor, part in zip(given, torch.split(told, [len(part) for part in parts]), strict=True):
+            tensor.copy_(part.clone().view(tensor.dtype).view_as(tensor))
 
 
 def everyones(value: T) -> list[T]:
@@ -105,6 +134,17 @@ def everyones(value: T) -> list[T]:
     with _telling():
         torch.distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]  # each was filled in
+
+
+def require_alike(state: Mapping[str, str]) -> None:
+    """Raises ConfigError in every process, naming what differs, where they do not all give the same."""
+    differing = sorted({name for other in everyones(dict(state)) for name in state if other[name] != state[name]})
+    if any_of_them(bool(differing)):
+        names = sorted({name for part in everyones(differing) for name in part})
+        raise ConfigError(
+            f"the processes of this run differ in {' and '.join(names)}; give all of them the same run file, and paths "
+            "that lead to the same files on every machine"
+        )
 
 
 def any_of_them(wish: bool) -> bool:
@@ -130,11 +170,12 @@ def one_a_machine_first() -> Iterator[None]:
 
 @contextmanager
 def _telling() -> Iterator[None]:
-    """What torch.distributed raises, in words: it is the second to fail, and another process says why."""
+    """What torch.distributed raises, in words: mostly it is the second to fail, and another process says why."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
-            f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot reach the others, one of which "
-            f"may have ended and said why ({str(error).splitlines()[0][:200]}); put that right, and go on with --resume"
+            f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot reach the others "
+            f"({str(error).splitlines()[0][:200]}); one of them that has ended has said why: put that right, and go on "
+            "with --resume"
         ) from error

@@ -58,9 +58,18 @@ def built_in(reference: str) -> nn.Module:
     return network
 
 
+def uncounted() -> nn.Sequential:
+    """Layers that do not count their batches."""
+    network = small()
+    for layer in (network[1], network[3]):
+        layer.num_batches_tracked = None
+    return network
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "small": small,
     "cumulative": lambda: small(momentum=None),
+    "uncounted": uncounted,
     "foreign": lambda: ForeignNetwork(small(), NetworkConfig(reference="x", stride=2), 5),
     "deeplab-mobilenetv1": lambda: built_in("deeplab-mobilenetv1"),
     "enet": lambda: built_in("enet"),

@@ -104,15 +104,26 @@ def told(_: str) -> dict[str, Any]:
     torch.manual_seed(rank)
     drawn = nn.Linear(3, 2)
     processes.take_over(drawn.parameters())
+    others = [torch.arange(12)[::2] * (1 - rank), torch.full((2, 2), rank, dtype=torch.int16), torch.tensor(rank == 0)]
+    processes.take_over(others)
     found = {
+        "others": others,
         "everyones": processes.everyones(f"rank {rank}"),
         "any": [processes.any_of_them(rank == 1), processes.any_of_them(False)],
         "drawn": drawn.weight.detach(),
     }
-    try:
-        BatchNorms(torch.jit.trace(nn.Conv2d(3, 2, 1), torch.zeros(1, 3, 4, 4)), "joint")  # type: ignore[no-untyped-call]
-    except ConfigError as error:
-        found["script"] = str(error)
+    programs = (
+        torch.jit.trace(nn.Conv2d(3, 2, 1), torch.zeros(1, 3, 4, 4)),  # type: ignore[no-untyped-call]
+        torch.export.export(nn.Conv2d(3, 2, 1), (torch.zeros(1, 3, 4, 4),)).module(),
+    )
+    for program in programs:
+        with pytest.raises(ConfigError) as refused:
+            BatchNorms(program, "joint")
+        found["program"] = str(refused.value)
+    with pytest.raises(ConfigError) as refused:
+        processes.require_alike({"samples": "some", "checkpoint": f"of rank {rank}", "seed": str(rank)})
+    found["unlike"] = str(refused.value)
+    processes.require_alike({"samples": "some"})
     if rank == 0:
         torch.distributed.destroy_process_group()
         return found
@@ -126,18 +137,24 @@ def told(_: str) -> dict[str, Any]:
 def test_what_processes_tell_each_other(tmp_path: Path) -> None:
     found = in_two(told, "", tmp_path)
     torch.manual_seed(0)
+    drawn = nn.Linear(3, 2).weight.detach()
     for part in found:
         assert part["everyones"] == ["rank 0", "rank 1"]
         assert part["any"] == [True, False]
+        torch.testing.assert_close(part["drawn"], drawn)
         torch.testing.assert_close(
-            part["drawn"], nn.Linear(3, 2).weight.detach() if part is found[0] else found[0]["drawn"]
+            part["others"], [torch.arange(12)[::2], torch.zeros(2, 2, dtype=torch.int16), torch.tensor(True)]
         )
-        assert part["script"] == (
-            "the student is a TorchScript module, whose layers are out of reach, so that processes could not share "
-            "their batch norm; train it in one process"
+        assert part["program"] == (
+            "the student is a program of TorchScript or torch.export, whose layers are out of reach, so that processes "
+            "could not share their batch norm; train it in one process"
+        )
+        assert part["unlike"] == (
+            "the processes of this run differ in checkpoint and seed; give all of them the same run file, and paths "
+            "that lead to the same files on every machine"
         )
     assert re.fullmatch(
-        r"process 1 of 2 cannot reach the others, one of which may have ended and said why \(.+\); put that right, and "
+        r"process 1 of 2 cannot reach the others \(.+\); one of them that has ended has said why: put that right, and "
         "go on with --resume",
         found[1]["gone"],
     )
@@ -180,27 +197,35 @@ def test_processes_share_a_batch_out(done: Path) -> None:
 NETWORK = '''
 """A network that rounding leaves near where it was; it tells what it drops, and signals, as the environment says."""
 import os, signal
+from multiprocessing import active_children
 from pathlib import Path
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Small(nn.Module):
-    def __init__(self, num_classes, drop=0.0):
+    def __init__(self, num_classes, drop=0.0, own=False):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 8, 5, 4, 2), nn.BatchNorm2d(8), nn.ReLU())
+        self.again = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
         self.drop, self.head = nn.Dropout(drop), nn.Conv2d(8, num_classes, 1)
         self.calls = 0
+        if own:
+            self.register_buffer("seen", torch.zeros(3))
 
     def forward(self, x):
-        kept = self.drop(self.body(x))
+        kept = checkpoint(self.again, self.drop(self.body(x)), use_reentrant=False)
         if self.training:
             self.calls += 1
             rank, act = os.environ.get("RANK", "0"), os.environ.get("ACT")
             if self.calls == 7 and act == "stop" and rank == "0":
-                os.kill(os.getppid(), signal.SIGTERM)
+                for process in (*(child.pid for child in active_children()), os.getpid(), os.getppid()):
+                    os.kill(process, signal.SIGTERM)
             if self.calls == 7 and act == "die" and rank == "1":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if hasattr(self, "seen"):
+                self.seen.lerp_(x.mean((0, 2, 3)), 0.1)
             if told := os.environ.get("TOLD"):
                 with (Path(told) / rank).open("a") as file:
                     file.write("".join("01"[int(x > 0)] for x in self.drop(torch.ones(64))) + "\\n")
@@ -295,8 +320,8 @@ def test_a_run_of_two_processes_is_that_of_one(place: Path, tmp_path: Path) -> N
 
 
 def test_a_stopped_run_of_two_processes_goes_on_in_one(place: Path, tmp_path: Path) -> None:
-    """torchrun is asked to end, as a scheduler does it."""
-    result = torchrun(*settings(place), "-o", str(tmp_path / "stopped"), ACT="stop")
+    """A scheduler asks torchrun to end, one of the processes and what prepares its batches."""
+    result = torchrun(*settings(place, **{"train.workers": "1"}), "-o", str(tmp_path / "stopped"), ACT="stop")
     assert result.returncode != 0
     said = re.search(
         r"Interrupted\. (SIGTERM|a signal) stopped the run after step (\d+) of 12; it is saved in", result.stderr
@@ -311,7 +336,7 @@ def test_a_stopped_run_of_two_processes_goes_on_in_one(place: Path, tmp_path: Pa
 
 def test_a_process_that_dies_takes_the_others_with_it(place: Path, tmp_path: Path) -> None:
     """What was saved goes on as if nothing had happened; each process drops something else meanwhile."""
-    dropping = settings(place, **{"student.arguments": "{drop = 0.5}"})
+    dropping = settings(place, **{"student.arguments": "{drop = 0.5, own = true}"})
     told = {}
     for name, runs in {"whole": [{}], "died": [{"ACT": "die"}, {}]}.items():
         for environment in runs:
@@ -320,10 +345,9 @@ def test_a_process_that_dies_takes_the_others_with_it(place: Path, tmp_path: Pat
                 *dropping, "-o", str(tmp_path / name), "--resume", TOLD=str(tmp_path / f"{name}-told"), **environment
             )
             assert (result.returncode == 0) == (not environment), result.stderr
+            assert result.stderr.count("Warning: network.seen of the student differ from process to process") == 1
             if environment:
-                assert (
-                    "process 0 of 2 cannot reach the others, one of which may have ended and said why" in result.stderr
-                )
+                assert "\nError: process 0 of 2 cannot reach the others (" in result.stderr
                 state, _ = checkpoint.load(tmp_path / name / "last.safetensors")
                 assert state.step == 5
         told[name] = [(tmp_path / f"{name}-told" / str(rank)).read_text().split() for rank in range(TWO)]
@@ -339,8 +363,26 @@ def test_what_processes_cannot_share_is_refused(place: Path, tmp_path: Path) -> 
     assert not (tmp_path / "odd").exists()
 
 
+def test_an_environment_without_torchrun(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert processes.started() == 1
+    monkeypatch.setenv("RANK", "0")
+    message = (
+        "RANK and WORLD_SIZE are set, as torchrun sets them, but not MASTER_ADDR and MASTER_PORT; start with torchrun, "
+        "or unset them all to train in one process"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"), processes.joined("cpu"):
+        pass
+    result = CliRunner().invoke(main, ["ablate", "-c", str(place)])
+    assert result.exit_code == 2
+    assert "segkd ablate puts runs side by side itself (--jobs); start it without torchrun" in result.output
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert processes.started() == 1
+
+
 def test_a_device_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    for name, value in zip(names, ("1", "2", "1", "localhost", "29500"), strict=True):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes, "find_device", torch.device)
     with (

@@ -14,7 +14,7 @@ from torch.compiler import is_exporting
 
 from segkd.pipeline.models.layers import SINGLE_VALUE, Network, evaluating
 from segkd.pipeline.models.network import Grid, NetworkConfig
-from segkd.storage.errors import NetworkError
+from segkd.storage.errors import NetworkError, ProcessError
 
 PROBE_SIZE = (256, 256)
 """Height and width of the image that shows a network's stride, where its preprocessing does not fix a size."""
@@ -48,7 +48,7 @@ class ForeignNetwork(Network):
         """Raise NetworkError where the network fails, or its output is not what the description says."""
         try:
             output_NChw = _output(self.network, self.config, images_N3HW)
-        except (NetworkError, torch.OutOfMemoryError):
+        except (NetworkError, ProcessError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise NetworkError(

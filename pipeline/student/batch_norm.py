@@ -21,7 +21,7 @@ Shapes: features N,C,... with the labelled crops first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.fx import GraphModule
 from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -54,10 +55,12 @@ class BatchNorms:
                 f'train.batch_norm is "{mode}", but the student has no batch-norm layer that it could act on (those '
                 'of TorchScript and torch.export are out of reach); set it to "joint"'
             )
-        if processes.count() > 1 and any(isinstance(module, ScriptModule) for module in network.modules()):
+        if processes.count() > 1 and any(
+            isinstance(module, ScriptModule | GraphModule) for module in network.modules()
+        ):
             raise ConfigError(
-                "the student is a TorchScript module, whose layers are out of reach, so that processes could not share "
-                "their batch norm; train it in one process"
+                "the student is a program of TorchScript or torch.export, whose layers are out of reach, so that "
+                "processes could not share their batch norm; train it in one process"
             )
         for name, layer in self._layers.items():
             if mode == "frozen" and layer.running_mean is None:
@@ -66,9 +69,16 @@ class BatchNorms:
                     'choose "joint", "labelled" or "separate"'
                 )
 
+    @property
+    def layers(self) -> Iterable[_BatchNorm]:
+        """Those that are within reach."""
+        return self._layers.values()
+
     @contextmanager
     def of_batch(self, labelled: int, crops: int) -> Iterator[None]:
         """Inside, the network's forward pass takes a batch of ``crops`` crops of which the first ``labelled`` are so.
+
+        The backward pass belongs inside, too: activation checkpointing goes forward again there.
 
         Raises NetworkError, inside, for a layer that gets something else than one row a crop.
         """
@@ -156,9 +166,10 @@ def _keep_running(layer: _BatchNorm, moments: Moments) -> None:
     if not layer.track_running_stats or layer.running_mean is None:
         return
     assert layer.running_var is not None
-    assert layer.num_batches_tracked is not None
-    layer.num_batches_tracked.add_(1)
-    rate = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
+    rate = 0.0 if layer.momentum is None else layer.momentum
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+        rate = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
     unbiased = moments.variance * (moments.count / (moments.count - 1))
     layer.running_mean.lerp_(moments.mean.to(layer.running_mean.dtype), rate)
     layer.running_var.lerp_(unbiased.to(layer.running_var.dtype), rate)

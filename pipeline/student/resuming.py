@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -81,6 +82,17 @@ def continued(held: Description, now: Description, path: Path) -> Description:
             "begin anew with --overwrite, or name another output folder"
         )
     return replace(held, samples=seen)
+
+
+def identity(state: Description) -> dict[str, str]:
+    """What must be the same in all processes that go on from ``state`` together, by what it is called."""
+    settings = {key: value for key, value in leaves(state.run) if not is_harmless(key)}
+    parts = {
+        "settings, cache or teacher": [settings, state.classes.names],
+        "samples": state.samples.to_dict(),
+        "checkpoint": [state.step, state.digest],
+    }
+    return {name: hashlib.sha256(json.dumps(part, default=str).encode()).hexdigest() for name, part in parts.items()}
 
 
 def with_defaults(held: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

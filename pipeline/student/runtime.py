@@ -32,11 +32,14 @@ def torch_settings(config: TrainConfig) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
 
 
-def leave_signals_to_parent(_worker: int) -> None:
+def leave_signals_to_parent(apart: bool, _worker: int) -> None:
     """For processes that a run starts: a terminal or a scheduler signals them too, and they must outlive the step.
 
-    A second SIGTERM ends them, as the parent may have to.
+    A second SIGTERM ends them, as the parent may have to. ``apart``: they leave the parent's process group, which
+    torchrun signals beside what the scheduler does.
     """
+    if apart:
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from segkd.pipeline.student.checkpoint import MODEL, Best, Description, independ
 from segkd.pipeline.student.config import TrainConfig
 from segkd.pipeline.student.folder import RunFolder
 from segkd.pipeline.student.inputs import Inputs, open_inputs
-from segkd.pipeline.student.resuming import continued, last_checkpoint
+from segkd.pipeline.student.resuming import continued, identity, last_checkpoint
 from segkd.pipeline.student.runtime import StopRequest, leave_signals_to_parent, torch_settings
 from segkd.pipeline.student.trainer import DIVERGED, Trainer
 from segkd.pipeline.versions import versions
@@ -86,6 +87,7 @@ def train(
         )
         if held is not None:
             description = continued(held[0], description, folder.last)
+        processes.require_alike(identity(description))
         trainer = begin(student, inputs, config, device)
         if held is not None:
             trainer.restore(held[1], held[0].scaler, str(folder.last))
@@ -236,6 +238,8 @@ class _Training:
         """Scores the network on role select, and keeps it if it is the best so far."""
         if not self._validation_is_due():
             return
+        if processes.count() > 1:
+            self._save()  # Several do not stop in the middle of it, and may not be given the time to come to its end.
         state, inputs = self._state, self._inputs
         names = state.classes.names
         predictor = Predictor(
@@ -288,7 +292,7 @@ class _Training:
 def _batches(stream: TrainStream, start: int, stop: int, workers: int) -> Generator[Batch]:
     """The loader's batches. What a worker process raised is raised again without its traceback in the message."""
     batches = loader(stream, start, stop, workers)
-    batches.worker_init_fn = leave_signals_to_parent
+    batches.worker_init_fn = partial(leave_signals_to_parent, processes.count() > 1)
     try:
         yield from batches
     except Exception as error:

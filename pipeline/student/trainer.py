@@ -8,6 +8,8 @@ Shapes: N crops of H,W pixels; logits N,C,h,w on the student's grid.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -29,6 +31,8 @@ from segkd.pipeline.student.ohem import mine_hard_pixels
 from segkd.pipeline.student.optim import make_optimiser, set_learning_rate
 from segkd.storage import geometry
 from segkd.storage.errors import NetworkError, NonFiniteError
+
+logger = logging.getLogger(__name__)
 
 DIVERGED = 'lower train.learning_rate, set train.clip or a longer train.warmup, or train.amp = "off"'
 """What to do about numbers that are not finite."""
@@ -57,6 +61,7 @@ class Trainer:
         processes.take_over([*network.parameters(), *network.buffers()])
         self.config, self.objective, self.device = config, objective, device
         self._batch_norms = BatchNorms(network, config.batch_norm)
+        self._looked = False
         self._targets = targets
         self._class_weights = None if class_weights is None else class_weights.to(device)
         self._optimiser = make_optimiser(network, config)
@@ -84,12 +89,14 @@ class Trainer:
         batch = batch.to(self.device)
         (height, width), fed = batch.labels_NHW.shape[-2:], batch.images_N3HW.shape[-2:]
         student = self.network.grid.mapping_in((height, width), (fed[0], fed[1]))
-        logits_NChw = self._forward(batch.images_N3HW, labelled)
-        decoded = self._decoded(batch)
         objective = self.objective.at(step, self.config.steps)
-        batch, mined = self._mined(batch, logits_NChw, student)
-        loss, terms = total_loss(logits_NChw, student, batch, decoded, objective, self._class_weights)
-        norm = self._backward(loss)
+        with self._batch_norms.of_batch(labelled, len(batch.images_N3HW)):
+            logits_NChw = self._forward(batch.images_N3HW)
+            decoded = self._decoded(batch)
+            batch, mined = self._mined(batch, logits_NChw, student)
+            loss, terms = total_loss(logits_NChw, student, batch, decoded, objective, self._class_weights)
+            norm = self._backward(loss)
+        self._look_for_own_statistics()
         loss, terms = _averages(loss.detach(), terms)
         self._require_finite(step, loss, norm, terms)
         # An fp16 step that overflowed is skipped, and has no norm that JSON could hold.
@@ -109,13 +116,32 @@ class Trainer:
             entropy = np.random.SeedSequence([self.config.seed, step, processes.rank()])
             torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
-    def _forward(self, images_N3HW: Tensor, labelled: int) -> Tensor:
-        """Logits of a batch whose first ``labelled`` crops are labelled."""
+    def _look_for_own_statistics(self) -> None:
+        """Warns once where processes have filled buffers by their own shares: only batch norm's are told of all."""
+        if processes.count() == 1 or self._looked:
+            return
+        self._looked = True
+        shared = {id(buffer) for layer in self._batch_norms.layers for buffer in layer.buffers()}
+        own = {
+            name: hashlib.sha256(buffer.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).digest()
+            for name, buffer in self.network.named_buffers()
+            if id(buffer) not in shared
+        }
+        differing = sorted({name for other in processes.everyones(own) for name in own if other.get(name) != own[name]})
+        if differing:
+            logger.warning(
+                "%s of the student differ from process to process, as each fills them by its own crops; the first "
+                "process's are validated and kept, and a run of one process would have others",
+                ", ".join(differing),
+            )
+
+    def _forward(self, images_N3HW: Tensor) -> Tensor:
+        """Logits of a batch."""
         amp = self.config.amp
         # The fastest layout for convolutions, on CPUs too; their outputs keep it.
         images_N3HW = images_N3HW.contiguous(memory_format=torch.channels_last)
         mixed = torch.autocast(self.device.type, AUTOCAST_DTYPES.get(amp), enabled=amp in AUTOCAST_DTYPES)
-        with mixed, self._batch_norms.of_batch(labelled, len(images_N3HW)):
+        with mixed:
             logits_NChw: Tensor = self.network(images_N3HW)
         if not logits_NChw.requires_grad:
             raise NetworkError(
