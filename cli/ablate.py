@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 @click.option(
     "--task",
     metavar="I/N",
-    help="Do every N-th run, from the I-th on (I from 0); found by itself in a Slurm array or an indexed Kubernetes "
-    "job (with SEGKD_TASKS); off: all runs.",
+    help="Do every N-th run, from the I-th on (I from 0); found by itself in a Slurm array, an indexed Kubernetes "
+    "job (with SEGKD_TASKS) and under torchrun; off: all runs.",
 )
 @click.option("--print-plan", is_flag=True, help="List the runs and which are done, and do nothing else.")
 @click.option(
@@ -46,11 +46,11 @@ def ablate(
     recorded in the ledger are not done again, interrupted ones go on. The table is of all that is done. Exit status 1
     if a run has failed.
     """
-    from segkd.pipeline import processes
     from segkd.pipeline.ablation.ledger import Ledger
     from segkd.pipeline.ablation.recorded import recorded
     from segkd.pipeline.ablation.sweep import ablate as compare
     from segkd.pipeline.ablation.sweep import plan_sweep
+    from segkd.pipeline.processes import take_device
     from segkd.pipeline.teacher.division import find_share
 
     config = click.get_current_context().params["config"]
@@ -62,9 +62,8 @@ def ablate(
         found = recorded(run, Ledger(run.ablate.ledger or Path(folder) / "ledger"))
         show(found.to_dict(), found.markdown(), as_json=as_json)
         return
-    if processes.started() > 1:
-        raise click.UsageError("segkd ablate puts runs side by side itself (--jobs); start it without torchrun")
     share = find_share(task, os.environ)
+    take_device("train.device", run.train.device)
     with resumable("What is done is kept; the same command goes on."):
         sweep = plan_sweep(run, folder, measure=not print_plan, progress=progress())
         if print_plan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -78,10 +79,12 @@ def verbosity_options(command: Command) -> Command:
 
 
 def progress() -> Progress:
-    """Where the running command's long tasks report to."""
+    """Where the running command's long tasks report to; of several processes the first one's do."""
+    from segkd.pipeline.processes import started
     from segkd.pipeline.progress import progress_for
 
-    return progress_for(quiet=click.get_current_context().meta.get(VERBOSITY, 0) < 0)
+    follows = started() > 1 and os.environ["RANK"] != "0"
+    return progress_for(quiet=follows or click.get_current_context().meta.get(VERBOSITY, 0) < 0)
 
 
 def json_option(command: Command) -> Command:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 @click.option(
     "--task",
     metavar="I/N",
-    help="Write every N-th unit, from the I-th on (I from 0); found by itself in a Slurm array or an indexed "
-    "Kubernetes job (with SEGKD_TASKS); off: all units.",
+    help="Write every N-th unit, from the I-th on (I from 0); found by itself in a Slurm array, an indexed Kubernetes "
+    "job (with SEGKD_TASKS) and under torchrun; off: all units.",
 )
 @click.option("--dask", metavar="WHERE", help="Let Dask workers write: local:2, or a scheduler: tcp://HOST:8786.")
 @click.option(
@@ -34,10 +34,12 @@ def teacher_cache(run: RunConfig, task: str | None, dask: str | None, close: boo
     done again. A complete cache is compared with the list of samples: what was added or changed is added, what was
     removed is hidden, and a cache that holds the list as it is is left alone.
     """
+    from segkd.pipeline.processes import take_device
     from segkd.pipeline.teacher.cache import teacher_cache as write
     from segkd.pipeline.teacher.division import find_share
 
     share = find_share(task, os.environ)
+    take_device("cache.device", run.cache.device)
     with resumable("Finished units are kept; the same command goes on with the others."):
         summary = write(run, share=share, dask=dask, close=close, progress=progress())
     show(summary.to_dict(), "\n".join(summary.lines()), as_json=as_json)

@@ -73,7 +73,6 @@ def train_student(
     """
     from segkd.pipeline import processes
     from segkd.pipeline.models.network import TeacherConfig
-    from segkd.pipeline.progress import SILENT
     from segkd.pipeline.student.train import train
 
     if init is not None:
@@ -99,8 +98,7 @@ def train_student(
     with resumable(f"Go on with --resume; checkpoints are in {folder}."), processes.joined(run.train.device):
         if not processes.leads():
             logger.setLevel(logging.ERROR)
-        told = progress() if processes.leads() else SILENT
-        summary = train(run, folder, distill=not no_distill, resume=resume, overwrite=overwrite, progress=told)
+        summary = train(run, folder, distill=not no_distill, resume=resume, overwrite=overwrite, progress=progress())
         if not processes.leads():
             return
     best = summary["best"]

@@ -1,7 +1,8 @@
-"""The processes that train one student together, as torchrun starts them: each a share of every batch, one network.
+"""Several processes, as torchrun starts them.
 
-What they share is torch.distributed's default process group. Without one there is one process, and everything here is
-what it is for one.
+Those that train one student together, each with a share of every batch, have torch.distributed's default process group
+in common. Without one there is one process, and everything here is what it is for one. Stage 1 and sweeps are divided
+into tasks (:mod:`segkd.pipeline.teacher.division`) and need no group.
 """
 
 from __future__ import annotations
@@ -47,17 +48,16 @@ def leads() -> bool:
     return rank() == 0
 
 
-def started() -> int:
+def started(environment: Mapping[str, str] = os.environ) -> int:
     """How many processes torchrun has started beside each other, by the environment: 1 without it."""
-    return int(os.environ.get("WORLD_SIZE") or "1") if os.environ.get("RANK") else 1
+    return int(environment.get("WORLD_SIZE") or "1") if environment.get("RANK") else 1
 
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
     """Inside, this process is one of those that torchrun has started; where it has started one or none, it is alone.
 
-    On ``device`` "auto" or "cuda" each takes the GPU of its number on its machine. Raises ConfigError for more
-    processes than GPUs, for a device that only one could have, and where nothing says how processes find each other;
+    Each takes its :func:`take_device`. Raises ConfigError also where nothing says how processes find each other, and
     ProcessError where they do not.
     """
     if started() == 1:
@@ -69,7 +69,7 @@ def joined(device: str) -> Iterator[None]:
             f"RANK and WORLD_SIZE are set, as torchrun sets them, but not {' and '.join(absent)}; start with torchrun, "
             "or unset them all to train in one process"
         )
-    _take_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    take_device("train.device", device)
     # Torch imports it at the first step otherwise, and then holds the group in the defaults of its functions: threads
     # of it outlive the group, and now and then abort the process at its end.
     import torch.distributed.nn.functional
@@ -85,12 +85,17 @@ def joined(device: str) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def _take_device(name: str, local: int) -> None:
-    """Makes this process's GPU the one that devices without a number mean."""
-    device = find_device(name)
+def take_device(setting: str, name: str) -> None:
+    """Of several processes each takes the GPU of its number on its machine, for devices without a number.
+
+    ``setting``: where ``name`` stands. Raises ConfigError.
+    """
+    if started() == 1:
+        return
+    local, device = int(os.environ.get("LOCAL_RANK", "0")), find_device(name)
     if device.index is not None:
         raise ConfigError(
-            f'train.device is "{name}", which several processes cannot share; set it to "auto", and each takes the GPU '
+            f'{setting} is "{name}", which several processes cannot share; set it to "auto", and each takes the GPU '
             "of its number"
         )
     if device.type == "cpu":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,9 +54,25 @@ def test_what_says_which_task_this_is() -> None:
     assert find_share(None, pod) == Share(number=2, tasks=5, origin="JOB_COMPLETION_INDEX and SEGKD_TASKS")
 
 
+def test_processes_of_torchrun_have_parts_of_a_task() -> None:
+    four = [{"RANK": str(rank), "WORLD_SIZE": "4"} for rank in range(4)]
+    assert find_share(None, four[3]) == Share(number=3, tasks=4, origin="torchrun's RANK and WORLD_SIZE")
+    assert find_share("off", four[3]) is None
+    assert find_share("1/2", {"RANK": "0", "WORLD_SIZE": "1"}) == Share(number=1, tasks=2, origin="--task 1/2")
+    for tasks in ([f"{number}/3" for number in range(3)], [None] * 3):
+        array = [slurm(number, 5, 7) for number in (5, 6, 7)]
+        found = [find_share(task, of | process) for task, of in zip(tasks, array, strict=True) for process in four]
+        assert [(share.number, share.tasks) for share in found if share] == [(number, 12) for number in range(12)]
+
+
 @pytest.mark.parametrize(
     ("option", "environment", "message"),
     [
+        (
+            None,
+            {"RANK": "last", "WORLD_SIZE": "2"},
+            "RANK is 'last', expected a number; give --task I/N (--task off for all units)",
+        ),
         ("3", {}, "--task '3': expected I/N with I from 0 to N-1, such as 0/8, or off"),
         ("4/4", {}, "--task 4/4: there is no task 4 of 4; expected I/N with I from 0 to N-1"),
         ("0/0", {}, "--task 0/0: there is no task 0 of 0; expected I/N with I from 0 to N-1"),
@@ -144,3 +161,17 @@ def test_a_task_reads_no_image_of_another_task(run: Path, monkeypatch: pytest.Mo
     teacher_cache(replace(in_units_of_one(run)), share=Share(number=0, tasks=3, origin="a test"))
     # The teacher's trial, where it has one, aside: the samples of its own units, each once.
     assert len(read) == len(set(read)) == 2
+
+
+def test_torchrun_divides_stage_1_among_its_processes(run: Path) -> None:
+    whole, divided = in_units_of_one(run, "whole.zarr"), in_units_of_one(run)
+    teacher_cache(whole)
+    settings = ["cache.unit_samples=1", "cache.tile=8", f"cache.path={json.dumps(divided.cache.path)}"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "segkd"]
+    command = ["teacher-cache", "-c", str(run), *(word for setting in settings for word in ("--set", setting))]
+    result = subprocess.run([*start, *command], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert files_of(Path(divided.cache.path)) == files_of(Path(whole.cache.path))
+    assert re.findall(r"; task (\d/\d); ", result.stdout) in (["0/2", "1/2"], ["1/2", "0/2"])
+    # One of the two shows how far it is.
+    assert len(re.findall(r"^teacher-cache: (\d+)/\1 images", result.stderr, re.MULTILINE)) == 1

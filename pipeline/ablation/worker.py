@@ -21,6 +21,7 @@ from segkd.pipeline.evaluation.metrics import ConfusionMatrix
 from segkd.pipeline.evaluation.scores import Scores
 from segkd.pipeline.models.predictor import Predictor
 from segkd.pipeline.models.references import BUILT_IN
+from segkd.pipeline.processes import take_device
 from segkd.pipeline.progress import Progress
 from segkd.pipeline.student import checkpoint
 from segkd.pipeline.student.folder import RunFolder
@@ -96,6 +97,7 @@ def perform_in_process(job: Job, verbosity: int) -> None:
     logger.addHandler(logging.StreamHandler(sys.stderr))
     logger.setLevel(verbosity)
     try:
+        take_device("train.device", job.run.train.device)
         perform(job)
     except KeyboardInterrupt as stopped:
         print(f"Stopped: {stopped}", file=sys.stderr)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from segkd.pipeline import processes
 from segkd.storage.errors import ConfigError
 from segkd.storage.layout import Unit
 
@@ -49,10 +50,22 @@ class Share:
 def find_share(option: str | None, environment: Mapping[str, str]) -> Share | None:
     """The task that ``--task`` names, or else the one that Slurm or Kubernetes made this process; None for all units.
 
-    ``option``: ``I/N``, ``off`` or None. Raises ConfigError for another one, and for an array without a usable number.
+    Where torchrun has started several processes, each has its part of that. ``option``: ``I/N``, ``off`` or None.
+    Raises ConfigError for another one, and for an array without a usable number.
     """
     if option == OFF:
         return None
+    share = _of_task(option, environment)
+    if processes.started(environment) == 1:
+        return share
+    rank, among = _number(environment, "RANK"), processes.started(environment)
+    origin = "torchrun's RANK and WORLD_SIZE"
+    if share is None:
+        return Share(number=rank, tasks=among, origin=origin)
+    return Share(number=share.number * among + rank, tasks=share.tasks * among, origin=f"{share.origin}, with {origin}")
+
+
+def _of_task(option: str | None, environment: Mapping[str, str]) -> Share | None:
     if option is not None:
         matched = re.fullmatch(r"(\d+)/(\d+)", option)
         if not matched:
