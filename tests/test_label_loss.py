@@ -179,7 +179,7 @@ def test_hard_pixels_are_those_of_the_definition(inputs: Drawn, threshold: float
     """Looking at one pixel after the other, up to what rounding does to a probability."""
     logits_NChw, mapping, labels_NHW, weights_C, _ = inputs
     weights_C = None if weights_C is None else (weights_C - 0.5).clamp(min=0)
-    mined_NHW, share = mine_hard_pixels(logits_NChw, mapping, labels_NHW, threshold, min_kept, weights_C)
+    mined_NHW, *counted = mine_hard_pixels(logits_NChw, mapping, labels_NHW, threshold, min_kept, weights_C)
     probabilities_NCHW = to_pixels(logits_NChw, mapping, *labels_NHW.shape[1:]).double().softmax(1)
     pixels, all_kept = 0, 0
     for labels_HW, mined_HW, probabilities_CHW in zip(labels_NHW, mined_NHW, probabilities_NCHW, strict=True):
@@ -197,7 +197,7 @@ def test_hard_pixels_are_those_of_the_definition(inputs: Drawn, threshold: float
         assert all(abs(met[place] - limit) < 1e-5 or (place in kept) == (met[place] < limit) for place in met)
         assert len(kept) == wanted or (len(kept) > wanted and all(met[place] < threshold + 1e-5 for place in kept))
         pixels, all_kept = pixels + len(met), all_kept + len(kept)
-    assert share == all_kept / max(pixels, 1)
+    assert counted == [all_kept, pixels]
 
 
 def test_a_crop_is_mined_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,14 +206,14 @@ def test_a_crop_is_mined_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     logits_NChw = 3 * torch.randn((4, 3, 3, 4), generator=generator)
     labels_NHW = torch.randint(0, 3, (4, 12, 16), generator=generator)
     mapping = Mapping(Axis(4, 1.5, 3), Axis(4, 1.5, 4))
-    together_NHW, share = mine_hard_pixels(logits_NChw, mapping, labels_NHW, 0.3, 0.25)
+    together_NHW, kept, labelled = mine_hard_pixels(logits_NChw, mapping, labels_NHW, 0.3, 0.25)
     monkeypatch.setattr(resample, "TILE_BYTES", 1)
     alone = [
         mine_hard_pixels(logits_NChw[n : n + 1], mapping, labels_NHW[n : n + 1], 0.3, 0.25)[0]
         for n in range(len(labels_NHW))
     ]
     assert torch.equal(together_NHW, torch.cat(alone))
-    assert 0 < share < 1
+    assert 0 < kept < labelled == labels_NHW.numel()
 
 
 @pytest.mark.parametrize("margin", [9.0, 90.0])
@@ -222,9 +222,9 @@ def test_a_crop_that_is_known_keeps_no_more_than_the_least(margin: float) -> Non
     logits_NChw = torch.tensor([margin, 0.0])[None, :, None, None].expand(2, 2, 1, 4).clone()
     labels_NHW = torch.tensor([[[0, 0, 0, 0]], [[IGNORE] * 4]])
     mapping = Mapping(Axis(1, 0, 1), Axis(1, 0, 4))
-    mined_NHW, share = mine_hard_pixels(logits_NChw, mapping, labels_NHW, 0.7, 0.3)
+    mined_NHW, *counted = mine_hard_pixels(logits_NChw, mapping, labels_NHW, 0.7, 0.3)
     assert mined_NHW.tolist() == [[[0, 0, IGNORE, IGNORE]], [[IGNORE] * 4]]
-    assert share == 0.5
+    assert counted == [2, 4]
     logits_NChw[0] = torch.tensor([[[9.0] * 4], [[0.0, 1.0, 2.0, 3.0]]])
     assert mine_hard_pixels(logits_NChw, mapping, labels_NHW, 0.7, 0.3)[0][0].tolist() == [[IGNORE, IGNORE, 0, 0]]
 
@@ -234,10 +234,10 @@ def test_what_is_not_a_number_is_hard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resample, "TILE_BYTES", 1)  # in one tile, 0 times what is not a number is none either
     logits_NChw = torch.tensor([[0.0, 9.0, math.nan], [9.0, 0.0, 0.0]])[None, :, None, :]
     mapping = Mapping(Axis(1, 0, 1), Axis(1, 0, 3))
-    mined_NHW, _ = mine_hard_pixels(logits_NChw, mapping, torch.zeros((1, 1, 3), dtype=torch.long), 0.7, 1 / 16)
+    mined_NHW, *_ = mine_hard_pixels(logits_NChw, mapping, torch.zeros((1, 1, 3), dtype=torch.long), 0.7, 1 / 16)
     assert mined_NHW.tolist() == [[[0, IGNORE, 0]]]
 
 
 def test_without_crops_there_is_nothing_to_mine() -> None:
-    mined_NHW, share = mine_hard_pixels(EXAMPLE[0][:0], EXAMPLE[1], EXAMPLE[2][:0], 0.7, 1 / 16)
-    assert (mined_NHW.shape, share) == (EXAMPLE[2][:0].shape, 0)
+    mined_NHW, *counted = mine_hard_pixels(EXAMPLE[0][:0], EXAMPLE[1], EXAMPLE[2][:0], 0.7, 1 / 16)
+    assert (mined_NHW.shape, counted) == (EXAMPLE[2][:0].shape, [0, 0])
