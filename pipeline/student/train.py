@@ -87,7 +87,8 @@ def train(
         )
         if held is not None:
             description = continued(held[0], description, folder.last)
-        processes.require_alike(identity(description))
+        if processes.count() > 1:
+            processes.require_alike(identity(description))
         trainer = begin(student, inputs, config, device)
         if held is not None:
             trainer.restore(held[1], held[0].scaler, str(folder.last))

@@ -8,7 +8,6 @@ Shapes: N crops of H,W pixels; logits N,C,h,w on the student's grid.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -122,12 +121,11 @@ class Trainer:
             return
         self._looked = True
         shared = {id(buffer) for layer in self._batch_norms.layers for buffer in layer.buffers()}
-        own = {
-            name: hashlib.sha256(buffer.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).digest()
-            for name, buffer in self.network.named_buffers()
-            if id(buffer) not in shared
-        }
-        differing = sorted({name for other in processes.everyones(own) for name in own if other.get(name) != own[name]})
+        own = {name: buffer for name, buffer in self.network.named_buffers() if id(buffer) not in shared}
+        first = [buffer.clone() for buffer in own.values()]
+        processes.take_over(first)
+        unlike = [name for (name, buffer), leading in zip(own.items(), first, strict=True) if not buffer.equal(leading)]
+        differing = sorted({name for names in processes.everyones(unlike) for name in names})
         if differing:
             logger.warning(
                 "%s of the student differ from process to process, as each fills them by its own crops; the first "
